@@ -1,0 +1,315 @@
+"""What a normalization *is*, with no model around it, and the registry of all of them.
+
+This module imports no torch at run time, so that names and documentation are there at once.
+"""
+
+from __future__ import annotations
+
+import enum
+import importlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
+
+from normsurgery.errors import NormsurgeryError, UnknownName, UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+Attach = Literal["norm", "weight", "layer"]
+ENTRY_POINT_GROUP = "normsurgery.norms"
+
+
+class Fidelity(enum.IntEnum):
+    """What a step promises; a higher value promises more, so `a >= b` reads "at least"."""
+
+    RETRAIN = 0  # another function: train it or calibrate it
+    EVAL = 1  # the same outputs in eval mode
+    FORWARD = 2  # the same outputs in both modes, gradients differ by design
+    IDENTICAL = 3  # the same outputs and gradients in both modes
+
+    @classmethod
+    def parse(cls, text: str) -> Fidelity:
+        if text.upper() not in cls.__members__:
+            raise UnknownName("fidelity", text, (name.lower() for name in cls.__members__))
+        return cls[text.upper()]
+
+
+class Law(enum.Enum):
+    """A property that tests check; an undeclared one must fail. In train mode, for eps -> 0."""
+
+    SHIFT_INVARIANT = "norm(x + c) == norm(x) for a scalar c"
+    SCALE_INVARIANT = "norm(a x) == norm(x) for a > 0; hence <w, dL/dw> = 0 for a weight w upstream"
+    BATCH_INDEPENDENT = "the output for one sample does not depend on the others"
+    PERMUTATION_EQUIVARIANT = "permuting the batch permutes the output"
+    ROTATION_EQUIVARIANT = (
+        "without its affine parameters it commutes with rotations of the channels"
+    )
+    AFFINE_IN_EVAL = "in eval mode it is one scale and one shift per channel"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One norm as plain values: which local tensors play which role, and its settings.
+
+    Roles: `weight`, `bias`, `running_mean`, `running_var`, `num_batches_tracked`, or a norm's own.
+    Settings every reading of an activation norm has: `eps` (float), `channel_axis` (int: 1 for
+    (N, C, ...), -1 for tokens), `features` (size of that axis; for a norm over several last
+    dimensions `normalized_shape` stands beside it). Others belong to the kind: `num_groups`,
+    `momentum`, `weight_offset`, `cast`, ... All settings are JSON values.
+    """
+
+    tensors: Mapping[str, str]
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """The norm (weight, layer) that is being replaced, as values, however it was written.
+
+    `tensors` are by role and are the model's own objects (a conversion clones what it keeps).
+    `shape` is the smallest input shape any recorded call had, or None if no call was recorded.
+    `module` is the object replaced, or None where the site is a call or a formula in a forward.
+    """
+
+    kind: str
+    where: str
+    settings: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    shape: tuple[int, ...] | None = None
+    module: nn.Module | None = None
+    training: bool = True
+    dtype: torch.dtype | None = None  # of the norm's own parameters, else of its input
+    device: torch.device | None = None
+
+    @property
+    def channel_axis(self) -> int:
+        return int(self.settings["channel_axis"])
+
+    @property
+    def features(self) -> int:
+        return int(self.settings["features"])
+
+    @property
+    def eps(self) -> float:
+        return float(self.settings["eps"])
+
+
+FidelityOf = Callable[[Source, Mapping[str, Any]], Fidelity]
+
+
+Companions = Callable[
+    [Source, "nn.Module", Mapping[str, Any]],
+    Mapping[str, Callable[["nn.Module"], "nn.Module"]],
+]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How a norm is made from another kind.
+
+    `build(source, *, init="copy", **options) -> nn.Module` returns a new module in the dtype, on
+    the device and in the mode of the source; its keyword-only parameters are the options of
+    `--set`. It raises `CannotConvert` where the result would be constant or have no gradient.
+    `fidelity` is what the result promises; a function where it depends on source or options.
+    `resolve` fills in what the build would choose (num_groups), without building: plan shows it.
+    `companions(source, built, options)` gives, for a norm that takes in or listens to another
+    module (the activation after it), that module's path in the model and what replaces it: a
+    function from the module found there to the new one, called after `build`; {} where nothing
+    else changes.
+    """
+
+    build: Callable[..., nn.Module]
+    fidelity: Fidelity | FidelityOf
+    resolve: Callable[[Source, Mapping[str, Any]], Mapping[str, Any]] | None = None
+    companions: Companions | None = None
+
+    def promise(self, source: Source, options: Mapping[str, Any]) -> Fidelity:
+        return self.fidelity(source, options) if callable(self.fidelity) else self.fidelity
+
+    def option_names(self) -> tuple[str, ...]:
+        parameters = inspect.signature(self.build).parameters.values()
+        return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "init")
+
+    def check_options(self, options: Mapping[str, Any], to: str) -> None:
+        valid = self.option_names()
+        for name in options:
+            if name not in valid:
+                raise UsageError(
+                    f"{to} has no option {name!r}. Valid here: {', '.join(valid) or 'none'}."
+                )
+
+
+@dataclass(frozen=True)
+class Example:
+    """A module with random parameters far from 0 and 1, and inputs it accepts, for the laws."""
+
+    label: str
+    module: Callable[[], nn.Module]
+    inputs: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class OnnxForm:
+    """Operators (in graph order, optimised) the norm's first example becomes, by lowest opset."""
+
+    operators: Mapping[int, tuple[str, ...]]
+
+    def at(self, opset: int) -> tuple[str, ...]:
+        return self.operators[max(known for known in self.operators if known <= opset)]
+
+
+@dataclass(frozen=True)
+class NormSpec:
+    """One normalization: everything the tool knows about it, in one value.
+
+    formula: float64 truth, `formula(x, tensors, settings, training) -> y`, in plain torch; it never
+        mutates. With `training` it uses batch statistics where the norm has any.
+    read: the Reading of one of the norm's own modules (`classes`); `Reading.tensors` maps roles to
+        attribute names of that module.
+    hypotheses: the Readings (without `eps`) that a hand-written module could have, given its input
+        shape and its tensors' shapes by name; the proof of `find` tries each. None: never proven.
+    conversions: by source kind; "*" stands for every kind that has no entry of its own.
+    as_affine: eval-mode (scale, shift) per channel as float64 tensors of shape (features,), or
+        None, and then `why_not_affine` says why.
+    strip: the plain module that computes the same forward, for `fold`, or None.
+    found_by_class: False where a module of these classes is no norm by itself (`nn.Identity`).
+    """
+
+    name: str
+    summary: str
+    paper: str
+    attach: Attach
+    classes: tuple[type, ...]
+    read: Callable[[nn.Module], Reading]
+    formula: Callable[[Tensor, Mapping[str, Tensor], Mapping[str, Any], bool], Tensor]
+    examples: Callable[[], tuple[Example, ...]]
+    conversions: Mapping[str, Conversion]
+    laws: frozenset[Law]
+    onnx: OnnxForm | None
+    why_not_onnx: str = ""
+    hypotheses: (
+        Callable[[tuple[int, ...], Mapping[str, tuple[int, ...]]], Iterator[Reading]] | None
+    ) = None
+    as_affine: Callable[[nn.Module], tuple[Tensor, Tensor]] | None = None
+    why_not_affine: str = ""
+    strip: Callable[[nn.Module], nn.Module] | None = None
+    random: bool = False
+    found_by_class: bool = True
+    owner: str = "normsurgery"
+
+    def reference(self, module: nn.Module, x: Tensor) -> Tensor:
+        """The float64 output the module should have for `x`, by the formula alone."""
+        reading = self.read(module)
+        tensors = {
+            role: tensor.detach().double()
+            for role, name in reading.tensors.items()
+            if (tensor := _attribute(module, name)) is not None
+        }
+        return self.formula(x.double(), tensors, reading.settings, module.training)
+
+    def conversion(self, kind: str) -> Conversion | None:
+        return self.conversions.get(kind, self.conversions.get("*"))
+
+
+def _attribute(module: nn.Module, dotted: str) -> Any:
+    value: Any = module
+    for part in dotted.split("."):
+        value = getattr(value, part)
+    return value
+
+
+@dataclass
+class _Registry:
+    specs: dict[str, NormSpec] = field(default_factory=dict)
+    broken: dict[str, str] = field(default_factory=dict)  # plugin name -> why it did not load
+    plugins_loaded: bool = False
+
+
+_registry = _Registry()
+
+
+def names() -> tuple[str, ...]:
+    """Canonical names of all registered norms, built-in ones first, without importing torch."""
+    from normsurgery.norms import TABLE
+
+    load_plugins()
+    return tuple(TABLE) + tuple(name for name in _registry.specs if name not in TABLE)
+
+
+def canonical(name: str) -> str:
+    """The canonical name for any accepted spelling: `GN`, `GroupNorm`, `group_norm`."""
+    from normsurgery.norms import SHORT_FORMS
+
+    known = names()
+    plain = _plain(name)
+    plain = _plain(SHORT_FORMS.get(plain, plain))
+    for candidate in known:
+        if plain in (_plain(candidate), _plain(candidate.removesuffix("norm"))):
+            return candidate
+    raise UnknownName("norm", name, known)
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "").replace(" ", "")
+
+
+def get(name: str) -> NormSpec:
+    """The spec of a norm, by any accepted spelling. Raises UnknownName."""
+    from normsurgery.norms import TABLE
+
+    found = canonical(name)
+    if found not in _registry.specs:
+        module = importlib.import_module(f"normsurgery.norms.{TABLE[found].file}")
+        _registry.specs[found] = module.NORM
+    return _registry.specs[found]
+
+
+def specs() -> tuple[NormSpec, ...]:
+    """All registered specs (imports torch)."""
+    return tuple(get(name) for name in names())
+
+
+def register(spec: NormSpec, *, owner: str = "register()") -> NormSpec:
+    """Add a third party's norm. Raises UsageError naming both owners if the name is taken."""
+    from normsurgery.norms import TABLE
+
+    plain = _plain(spec.name)
+    for taken in (*TABLE, *_registry.specs):
+        if _plain(taken) == plain:
+            holder = "normsurgery" if taken in TABLE else _registry.specs[taken].owner
+            raise UsageError(
+                f"the norm name {spec.name!r} is defined twice: by {holder} and by {owner}. "
+                "Rename one of them."
+            )
+    from dataclasses import replace
+
+    _registry.specs[spec.name] = replace(spec, owner=owner)
+    return _registry.specs[spec.name]
+
+
+def load_plugins() -> None:
+    """Register every norm of installed packages; one that fails is kept in `broken_plugins()`."""
+    if _registry.plugins_loaded:
+        return
+    _registry.plugins_loaded = True
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        owner = point.dist.name if point.dist else point.value
+        try:
+            loaded = point.load()
+            for spec in loaded if isinstance(loaded, (tuple, list)) else (loaded,):
+                register(spec, owner=owner)
+        except NormsurgeryError as error:
+            _registry.broken[owner] = str(error)
+        except Exception as error:  # a third party's import may fail in any way
+            _registry.broken[owner] = f"{type(error).__name__}: {error}"
+
+
+def broken_plugins() -> Mapping[str, str]:
+    """Plugins that did not load, with the reason."""
+    load_plugins()
+    return MappingProxyType(_registry.broken)

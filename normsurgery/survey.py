@@ -1,0 +1,177 @@
+"""What was found in a model: Sites, Skips, and the Survey of both."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+Form = Literal["module", "call", "formula"]
+FoundBy = Literal["type", "graph", "run", "proof"]
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of source, lines counted from the first line of its function (0)."""
+
+    line: int
+    column: int
+    end_line: int
+    end_column: int
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a value in a forward comes from: a name bound there, or the expression that made it."""
+
+    name: str | None = None
+    span: Span | None = None
+
+
+@dataclass(frozen=True)
+class CallSite:
+    """Where in which forward a call or a formula stands.
+
+    `function` is `package.module:Class.forward`, the function whose source `source_hash` (sha256 of
+    its dedented source) and the spans speak of. `output` is the expression whose value is the
+    norm's output, `input` the value it normalises, `region` every expression that belongs to it.
+    `node` is used instead of spans where the owner is a fx.GraphModule or an exported program.
+    """
+
+    function: str
+    source_hash: str
+    output: Span | None
+    input: Origin
+    region: tuple[Span, ...] = ()
+    node: str | None = None
+
+
+@dataclass(frozen=True)
+class Site:
+    """One normalization in one model: one module object, one call, or one formula in a forward.
+
+    paths: every path that binds the module (the owner, for a call or a formula); "" is the model.
+    parameters: role -> fully qualified name (first alias) in the model's state_dict.
+    settings: as `Reading.settings` says: JSON values; `eps`, `channel_axis`, `features` at least.
+    shape: smallest input shape over the recorded calls; None if it was found without a run.
+    proof_error: largest relative error against the float64 reference when it was proven.
+    """
+
+    index: int
+    kind: str
+    paths: tuple[str, ...]
+    form: Form
+    class_name: str
+    parameters: Mapping[str, str]
+    settings: Mapping[str, Any]
+    shape: tuple[int, ...] | None = None
+    dtype: str | None = None
+    calls: int | None = None
+    attach: Literal["norm", "weight", "layer"] = "norm"
+    call: CallSite | None = None
+    producer: str | None = None
+    consumers: tuple[str, ...] = ()
+    found_by: FoundBy = "type"
+    proof_error: float | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def path(self) -> str:
+        return self.paths[0]
+
+    @property
+    def label(self) -> str:
+        """What to show and to select by: the path, and for a call its line in the forward."""
+        if self.call is None:
+            return self.path
+        place = self.call.node or (f"line{self.call.output.line}" if self.call.output else "?")
+        return f"{self.path}#{place}" if self.path else f"#{place}"
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Site:
+        call = data.get("call")
+        values = dict(data)
+        values["paths"] = tuple(data["paths"])
+        values["consumers"] = tuple(data.get("consumers", ()))
+        values["notes"] = tuple(data.get("notes", ()))
+        values["shape"] = tuple(data["shape"]) if data.get("shape") is not None else None
+        values["call"] = _call_from_json(call) if call else None
+        return cls(**values)
+
+
+def _call_from_json(data: Mapping[str, Any]) -> CallSite:
+    def span(value: Mapping[str, int] | None) -> Span | None:
+        return Span(**value) if value else None
+
+    origin = data["input"]
+    return CallSite(
+        function=data["function"],
+        source_hash=data["source_hash"],
+        output=span(data["output"]),
+        input=Origin(origin["name"], span(origin["span"])),
+        region=tuple(Span(**item) for item in data["region"]),
+        node=data.get("node"),
+    )
+
+
+@dataclass(frozen=True)
+class Skip:
+    """Something that normalises, or may, and is not a Site; or a Site that a plan leaves alone."""
+
+    path: str
+    reason: str
+    hint: str = ""
+    kind: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """All Sites and all Skips of a model; `notes` say how they were found and what was left out."""
+
+    model: str
+    sites: tuple[Site, ...]
+    skips: tuple[Skip, ...]
+    inputs: str | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def counts(self) -> dict[str, int]:
+        """Sites by kind."""
+        return dict(Counter(site.kind for site in self.sites))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "inputs": self.inputs,
+            "counts": self.counts(),
+            "sites": [site.to_json() for site in self.sites],
+            "skips": [skip.to_json() for skip in self.skips],
+            "notes": list(self.notes),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Survey:
+        return cls(
+            model=data["model"],
+            sites=tuple(Site.from_json(item) for item in data["sites"]),
+            skips=tuple(Skip(**item) for item in data["skips"]),
+            inputs=data.get("inputs"),
+            notes=tuple(data.get("notes", ())),
+        )
+
+
+def renumbered(sites: list[Site]) -> tuple[Site, ...]:
+    """The sites with `index` counting from 0 in their order."""
+    return tuple(replace(site, index=index) for index, site in enumerate(sites))
