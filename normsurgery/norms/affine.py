@@ -1,0 +1,183 @@
+"""One scale and one shift per channel: what is left of a norm without its statistics.
+
+What it computes
+    y = x * weight + bias, per channel, for (N, C, ...) or, with `channel_axis=-1`, (..., C).
+
+Use it when
+    A norm is to be removed but its learned scale and shift kept, or as what a batch norm is in
+    eval.
+
+From other norms
+    A batch norm (or an instance norm with running statistics) becomes its inference form, so eval
+    outputs stay; a frozen one, and identity, are the same function in both modes. From all others
+    weight and bias are carried and the statistics are lost.
+
+Inference
+    It is its own inference form.
+
+ONNX
+    Mul, Add.
+
+Example
+    >>> import torch
+    >>> from normsurgery.norms.affine import Affine
+    >>> x = torch.randn(2, 8, 5, 5)
+    >>> torch.equal(Affine(8)(x), x)
+    True
+
+Reference
+    Touvron et al., 2021, "ResMLP: Feedforward networks for image classification with
+    data-efficient training", arXiv:2105.03404, equation 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normsurgery.errors import WrongShape
+from normsurgery.norms.batchnorm import scale_and_shift
+from normsurgery.norms.carry import (
+    along,
+    channels,
+    present,
+    scaled,
+    settled,
+    wanted_affine,
+    without,
+)
+from normsurgery.norms.examples import randomised
+from normsurgery.spec import (
+    Conversion,
+    Example,
+    Fidelity,
+    Law,
+    NormSpec,
+    OnnxForm,
+    Reading,
+    Source,
+)
+
+
+class Affine(nn.Module):
+    """Scale and shift per channel of (N, C, ...), or of (..., C) with `channel_axis=-1`.
+
+    Output keeps the input's dtype and memory format. Raises WrongShape unless the size of the
+    channel axis is `features`.
+    """
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(self, features: int, *, channel_axis: int = 1) -> None:
+        super().__init__()
+        self.features, self.channel_axis = features, channel_axis
+        self.weight = nn.Parameter(torch.ones(features))
+        self.bias = nn.Parameter(torch.zeros(features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        needed = 2 if self.channel_axis == 1 else 1
+        if x.dim() < needed or x.shape[self.channel_axis] != self.features:
+            second = self.channel_axis == 1
+            raise WrongShape(
+                "Affine",
+                x.shape,
+                f"(N, {self.features}, ...)" if second else f"(..., {self.features})",
+                f"Its channel_axis is {self.channel_axis}; permute the input or set it.",
+            )
+        y = x if self.weight is None else x * along(self.weight, x, self.channel_axis)
+        y = y if self.bias is None else y + along(self.bias, x, self.channel_axis)
+        return y.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.features}, channel_axis={self.channel_axis}"
+
+
+def formula(
+    x: Tensor, tensors: Mapping[str, Tensor], settings: Mapping[str, Any], training: bool
+) -> Tensor:
+    return scaled(x, tensors, settings)
+
+
+def read(module: nn.Module) -> Reading:
+    assert isinstance(module, Affine)
+    settings = {"eps": 0.0, "channel_axis": module.channel_axis, "features": module.features}
+    return Reading(present(module, "weight", "bias"), settings)
+
+
+def as_affine(module: nn.Module) -> tuple[Tensor, Tensor]:
+    """Its own scale and shift, float64, shape (features,)."""
+    assert isinstance(module, Affine)
+    ones = torch.ones(module.features, dtype=torch.float64)
+    weight, bias = module.weight, module.bias
+    scale = ones if weight is None else weight.detach().double()
+    shift = torch.zeros_like(scale) if bias is None else bias.detach().double()
+    return scale, shift
+
+
+def from_any(source: Source, *, init: str = "copy", affine: bool | None = None) -> nn.Module:
+    """Weight and bias as the source has them; both, fresh, where it has none."""
+    axis, features = channels(source, "affine")
+    weight, bias = wanted_affine(source, affine)
+    module = Affine(features, channel_axis=axis)
+    if weight or bias:
+        module = without(module, weight, bias)
+    return settled(module, source, init)
+
+
+def from_statistics(source: Source, *, init: str = "copy") -> nn.Module:
+    """The inference form where there are running statistics, else weight and bias alone."""
+    axis, features = channels(source, "affine")
+    if "running_mean" not in source.tensors:
+        return from_any(source, init=init)
+    scale, shift = scale_and_shift(source.tensors, source.settings)
+    module = Affine(features, channel_axis=axis)
+    return settled(module, source, init, {"weight": scale, "bias": shift})
+
+
+def _inference_form(source: Source, options: Mapping[str, Any]) -> Fidelity:
+    if "running_mean" not in source.tensors:
+        return Fidelity.RETRAIN
+    return Fidelity.IDENTICAL if source.settings.get("frozen", False) else Fidelity.EVAL
+
+
+def examples() -> tuple[Example, ...]:
+    return (
+        Example("channels second", lambda: randomised(Affine(6)), ((2, 6, 5, 3), (3, 6))),
+        Example("tokens", lambda: randomised(Affine(12, channel_axis=-1)), ((2, 5, 12),)),
+        Example(
+            "without bias", lambda: without(randomised(Affine(6)), True, False), ((2, 6, 5, 3),)
+        ),
+    )
+
+
+NORM = NormSpec(
+    name="affine",
+    summary="one scale and one shift per channel, no statistics",
+    paper="Touvron et al. 2021, arXiv:2105.03404",
+    attach="norm",
+    classes=(Affine,),
+    read=read,
+    formula=formula,
+    examples=examples,
+    conversions={
+        "*": Conversion(from_any, Fidelity.RETRAIN),
+        "affine": Conversion(from_any, Fidelity.IDENTICAL),
+        "identity": Conversion(from_any, Fidelity.IDENTICAL),
+        "batchnorm": Conversion(from_statistics, _inference_form),
+        "instancenorm": Conversion(from_statistics, _inference_form),
+    },
+    laws=frozenset(
+        {
+            Law.BATCH_INDEPENDENT,
+            Law.PERMUTATION_EQUIVARIANT,
+            Law.ROTATION_EQUIVARIANT,
+            Law.AFFINE_IN_EVAL,
+        }
+    ),
+    onnx=OnnxForm({18: ("Mul", "Add")}),
+    as_affine=as_affine,
+)

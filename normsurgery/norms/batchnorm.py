@@ -1,0 +1,390 @@
+"""Batch normalization, per channel over the batch and all positions.
+
+What it computes
+    y = (x - mean) / sqrt(var + eps) * weight + bias, per channel. In training mean and (biased) var
+    are taken over batch and space; in eval they are the running statistics, which training moved
+    by `momentum` (with the unbiased variance). A frozen one uses its running statistics always.
+
+Use it when
+    Batches are large (16 samples or more per device) and drawn from one distribution, and the
+    model is deployed: in eval it is a scale and a shift and folds into its neighbours. Not for
+    small batches, federated learning or differential privacy, where samples must not meet.
+
+From other norms
+    Weight, bias and eps are carried; running statistics start at mean 0 and variance 1. From
+    `affine` and `identity`, and from an instance norm with running statistics, eval outputs stay.
+    With the channels last (tokens) the class is `TokenBatchNorm`; else torch's own for the rank.
+
+Inference
+    scale = weight / sqrt(running_var + eps), shift = bias - running_mean * scale.
+
+ONNX
+    One BatchNormalization. Exported in eval mode only: the exporter writes running statistics
+    even for a module in training.
+
+Example
+    >>> import torch
+    >>> from normsurgery.norms.batchnorm import TokenBatchNorm
+    >>> norm = TokenBatchNorm(8)
+    >>> y = norm(torch.randn(4, 5, 8))
+    >>> tuple(y.shape)
+    (4, 5, 8)
+    >>> bool(y.mean((0, 1)).abs().max() < 1e-5)
+    True
+
+Reference
+    Ioffe and Szegedy, 2015, "Batch Normalization: Accelerating Deep Network Training by Reducing
+    Internal Covariate Shift", arXiv:1502.03167, algorithms 1 and 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from itertools import permutations
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from normsurgery.errors import CannotConvert, WrongShape
+from normsurgery.norms.carry import (
+    along,
+    channels,
+    eps_of,
+    present,
+    refusal,
+    scaled,
+    settled,
+    wanted_affine,
+    without,
+)
+from normsurgery.norms.examples import randomised
+from normsurgery.spec import (
+    Conversion,
+    Example,
+    Fidelity,
+    Law,
+    NormSpec,
+    OnnxForm,
+    Reading,
+    Source,
+)
+
+BY_RANK: dict[int, type[nn.Module]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+STATISTICS = ("running_mean", "running_var")
+
+
+class TokenBatchNorm(nn.BatchNorm1d):
+    """Batch norm of (N, ..., C): per channel over the batch and all positions, channels last.
+
+    Parameters, buffers and momentum are those of `torch.nn.BatchNorm1d`. Raises WrongShape unless
+    the last size is `num_features`.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() < 2 or input.shape[-1] != self.num_features:
+            raise WrongShape(
+                "TokenBatchNorm",
+                input.shape,
+                f"(N, ..., {self.num_features})",
+                "It normalises the last dimension; use BatchNorm1d or 2d if channels come second.",
+            )
+        return super().forward(input.reshape(-1, self.num_features)).reshape(input.shape)
+
+
+class FrozenBatchNorm(nn.Module):
+    """Batch norm of (N, C, ...) with constant statistics and affine parameters, all buffers.
+
+    Nothing is trained or updated in either mode. Raises WrongShape unless the second size is
+    `num_features`.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, num_features: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.num_features, self.eps = num_features, eps
+        self.register_buffer("weight", torch.ones(num_features))
+        self.register_buffer("bias", torch.zeros(num_features))
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.register_buffer("running_var", torch.ones(num_features))
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() < 2 or input.shape[1] != self.num_features:
+            raise WrongShape(
+                "FrozenBatchNorm",
+                input.shape,
+                f"(N, {self.num_features}, ...)",
+                "Channels must be the second dimension; permute the input.",
+            )
+        return F.batch_norm(
+            input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, eps={self.eps}"
+
+
+def formula(
+    x: Tensor, tensors: Mapping[str, Tensor], settings: Mapping[str, Any], training: bool
+) -> Tensor:
+    axis = settings["channel_axis"] % x.dim()
+    over = [d for d in range(x.dim()) if d != axis]
+    if "running_mean" in tensors and (settings.get("frozen", False) or not training):
+        mean = along(tensors["running_mean"], x, axis)
+        variance = along(tensors["running_var"], x, axis)
+    else:
+        mean = x.mean(over, keepdim=True)
+        variance = x.var(over, unbiased=False, keepdim=True)
+    return scaled((x - mean) / (variance + settings["eps"]).sqrt(), tensors, settings)
+
+
+def read(module: nn.Module) -> Reading:
+    frozen = isinstance(module, FrozenBatchNorm)
+    settings = {
+        "eps": module.eps,
+        "channel_axis": -1 if isinstance(module, TokenBatchNorm) else 1,
+        "features": module.num_features,
+        "momentum": None if frozen else module.momentum,
+        "frozen": frozen,
+    }
+    roles = ("weight", "bias", *STATISTICS, "num_batches_tracked")
+    return Reading(present(module, *roles), settings)
+
+
+def hypotheses(shape: tuple[int, ...], tensors: Mapping[str, tuple[int, ...]]) -> Iterator[Reading]:
+    """Two to four vectors of C elements in any roles; statistics kept, or taken from the batch."""
+    for axis in _axes(shape):
+        features = shape[axis]
+        vectors = [name for name, size in tensors.items() if _elements(size) == features]
+        if len(vectors) > 4:
+            continue
+        shared = {"channel_axis": axis, "features": features, "momentum": 0.1}
+        for roles in (
+            ("weight", "bias", *STATISTICS),
+            ("weight", *STATISTICS),
+            ("bias", *STATISTICS),
+            STATISTICS,
+        ):
+            for names in permutations(vectors, len(roles)):
+                by_role = dict(zip(roles, names, strict=True))
+                yield Reading(by_role, {**shared, "frozen": True})
+                yield Reading(by_role, {**shared, "frozen": False})
+        for affine in (("weight", "bias"), ("weight",), ("bias",), ()):
+            for names in permutations(vectors, len(affine)):
+                yield Reading(dict(zip(affine, names, strict=True)), {**shared, "frozen": False})
+
+
+def _axes(shape: tuple[int, ...]) -> tuple[int, ...]:
+    if len(shape) < 2:
+        return ()
+    return (1,) if len(shape) == 2 else (1, -1)
+
+
+def _elements(size: tuple[int, ...]) -> int:
+    return torch.Size(size).numel()
+
+
+def as_affine(module: nn.Module) -> tuple[Tensor, Tensor]:
+    """Scale and shift of a batch norm in eval, float64, shape (features,).
+
+    Raises CannotConvert where it keeps no running statistics.
+    """
+    reading = read(module)
+    tensors = {role: getattr(module, name) for role, name in reading.tensors.items()}
+    if "running_mean" not in tensors:
+        raise CannotConvert(
+            "",
+            "batchnorm",
+            "affine",
+            "it keeps no running statistics, so eval normalises by the batch as well",
+            "Set track_running_stats=True and run some batches first.",
+        )
+    return scale_and_shift(tensors, reading.settings)
+
+
+def scale_and_shift(
+    tensors: Mapping[str, Tensor], settings: Mapping[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Of running statistics, eps and what affine parameters there are, in float64."""
+    values = {role: tensor.detach().double().reshape(-1) for role, tensor in tensors.items()}
+    scale = (values["running_var"] + settings["eps"]).rsqrt()
+    if "weight" in values:
+        scale = scale * (values["weight"] + settings.get("weight_offset", 0.0))
+    shift = -values["running_mean"] * scale
+    return scale, shift + values["bias"] if "bias" in values else shift
+
+
+def _dimensions(source: Source, dimensions: int | None) -> int:
+    """1, 2 or 3 for torch's class of that rank, 0 where the channels are last."""
+    axis, _ = channels(source, "batchnorm")
+    if axis != 1:
+        return 0
+    if dimensions is None and source.shape is not None:
+        dimensions = max(1, len(source.shape) - 2)
+    if dimensions not in BY_RANK:
+        raise refusal(
+            source,
+            "batchnorm",
+            "torch has one class each for 1, 2 and 3 dimensions of space, and which is not known",
+            "Give example inputs, or set dimensions=1, 2 or 3.",
+        )
+    return dimensions
+
+
+def _fresh(
+    source: Source, dimensions: int | None, weight: bool, bias: bool, **arguments: Any
+) -> nn.Module:
+    rank = _dimensions(source, dimensions)
+    kind = BY_RANK[rank] if rank else TokenBatchNorm
+    module = kind(source.features, affine=weight or bias, **arguments)
+    return without(module, weight, bias)
+
+
+def from_any(
+    source: Source,
+    *,
+    init: str = "copy",
+    affine: bool | None = None,
+    momentum: float = 0.1,
+    dimensions: int | None = None,
+) -> nn.Module:
+    weight, bias = wanted_affine(source, affine)
+    module = _fresh(source, dimensions, weight, bias, eps=eps_of(source), momentum=momentum)
+    return settled(module, source, init)
+
+
+def from_affine(
+    source: Source, *, init: str = "copy", momentum: float = 0.1, dimensions: int | None = None
+) -> nn.Module:
+    """Running statistics that neutralise eps, so that eval outputs stay what they were."""
+    weight, bias = wanted_affine(source, None)
+    eps = 1e-5
+    module = _fresh(source, dimensions, weight, bias, eps=eps, momentum=momentum)
+    module = settled(module, source, init)
+    module.get_buffer("running_var").fill_(1.0 - eps)
+    return module
+
+
+def from_instancenorm(
+    source: Source,
+    *,
+    init: str = "copy",
+    momentum: float | None = None,
+    dimensions: int | None = None,
+) -> nn.Module:
+    """Running statistics are carried where the instance norm keeps them."""
+    weight, bias = wanted_affine(source, None)
+    kept = source.settings.get("momentum")
+    module = _fresh(
+        source,
+        dimensions,
+        weight,
+        bias,
+        eps=eps_of(source),
+        momentum=next((m for m in (momentum, kept) if m is not None), 0.1),
+    )
+    return _with_statistics(settled(module, source, init), source)
+
+
+def from_batchnorm(source: Source, *, init: str = "copy") -> nn.Module:
+    """The same function as a module: for a call or a formula in a forward."""
+    if source.settings.get("frozen", False) and source.channel_axis == 1:
+        return _frozen(source, init)
+    weight, bias = wanted_affine(source, None)
+    module = _fresh(
+        source,
+        None,
+        weight,
+        bias,
+        eps=source.eps,
+        momentum=source.settings.get("momentum", 0.1),
+        track_running_stats="running_mean" in source.tensors,
+    )
+    return _with_statistics(settled(module, source, init), source)
+
+
+def _frozen(source: Source, init: str) -> nn.Module:
+    module = FrozenBatchNorm(source.features, eps=source.eps)
+    module.to(device=source.device, dtype=source.dtype).train(source.training)
+    roles = STATISTICS if init == "reset" else ("weight", "bias", *STATISTICS)
+    for role in roles:
+        if role in source.tensors:
+            getattr(module, role).copy_(source.tensors[role].detach().reshape(-1))
+    return module
+
+
+def _with_statistics(module: nn.Module, source: Source) -> nn.Module:
+    for role in (*STATISTICS, "num_batches_tracked"):
+        if role in source.tensors:
+            kept = source.tensors[role].detach()
+            setattr(module, role, kept.reshape(getattr(module, role).shape).clone())
+    return module
+
+
+def _resolve(source: Source, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    rank = _dimensions(source, options.get("dimensions"))
+    return {**options, "dimensions": rank} if rank else dict(options)
+
+
+def _keeps_eval(source: Source, options: Mapping[str, Any]) -> Fidelity:
+    tracked = "running_mean" in source.tensors and source.eps > 0.0
+    return Fidelity.EVAL if tracked else Fidelity.RETRAIN
+
+
+def examples() -> tuple[Example, ...]:
+    def two(**arguments: Any) -> nn.Module:
+        return randomised(nn.BatchNorm2d(6, **arguments))
+
+    image = (4, 6, 5, 3)
+    return (
+        Example("2d", two, (image,)),
+        Example("1d", lambda: randomised(nn.BatchNorm1d(6)), ((5, 6), (3, 6, 7))),
+        Example("3d", lambda: randomised(nn.BatchNorm3d(6)), ((2, 6, 3, 2, 4),)),
+        Example("without affine", partial(two, affine=False), (image,)),
+        Example("without bias", lambda: without(two(), True, False), (image,)),
+        Example("batch statistics only", partial(two, track_running_stats=False), (image,)),
+        Example("frozen", lambda: randomised(FrozenBatchNorm(6)), (image, (4, 6))),
+        Example("tokens", lambda: randomised(TokenBatchNorm(6)), ((3, 7, 6), (5, 6))),
+    )
+
+
+NORM = NormSpec(
+    name="batchnorm",
+    summary="per channel over batch and space, running statistics in eval",
+    paper="Ioffe and Szegedy 2015, arXiv:1502.03167",
+    attach="norm",
+    classes=(
+        nn.BatchNorm1d,
+        nn.BatchNorm2d,
+        nn.BatchNorm3d,
+        nn.SyncBatchNorm,
+        FrozenBatchNorm,
+    ),
+    read=read,
+    formula=formula,
+    examples=examples,
+    conversions={
+        "*": Conversion(from_any, Fidelity.RETRAIN, _resolve),
+        "batchnorm": Conversion(from_batchnorm, Fidelity.IDENTICAL),
+        "instancenorm": Conversion(from_instancenorm, _keeps_eval, _resolve),
+        "affine": Conversion(from_affine, Fidelity.EVAL, _resolve),
+        "identity": Conversion(from_affine, Fidelity.EVAL, _resolve),
+    },
+    laws=frozenset(
+        {
+            Law.SHIFT_INVARIANT,
+            Law.SCALE_INVARIANT,
+            Law.PERMUTATION_EQUIVARIANT,
+            Law.AFFINE_IN_EVAL,
+        }
+    ),
+    onnx=OnnxForm({18: ("BatchNormalization",)}),
+    hypotheses=hypotheses,
+    as_affine=as_affine,
+)

@@ -1,0 +1,241 @@
+"""Instance normalization, per channel over the space of each sample.
+
+What it computes
+    y = (x - mean) / sqrt(var + eps) * weight + bias for (N, C, ...), mean and biased var of each
+    channel of each sample over its positions. With running statistics, eval uses those instead, as
+    a batch norm does; training moves them by the mean over the batch.
+
+Use it when
+    The contrast of each image should be removed (style transfer, image generation). It deletes
+    the mean of each channel, which a classifier with global pooling reads, so it fits those badly.
+
+From other norms
+    Weight, bias and eps are carried; the result keeps no running statistics. From a group norm of
+    as many groups as channels it is the same function. Refused on maps of 3 or fewer positions,
+    where it would be constant or pass no gradient, and where channels come last, where it would
+    mix positions.
+
+Inference
+    Without running statistics it depends on the input in eval as in training. With them,
+    scale = weight / sqrt(running_var + eps), shift = bias - running_mean * scale.
+
+ONNX
+    One InstanceNormalization (without running statistics).
+
+Example
+    >>> import torch
+    >>> from normsurgery.norms.instancenorm import formula
+    >>> x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    >>> settings = {"eps": 1e-5, "channel_axis": 1, "features": 3}
+    >>> bool(formula(x, {}, settings, True).mean((2, 3)).abs().max() < 1e-12)
+    True
+
+Reference
+    Ulyanov, Vedaldi and Lempitsky, 2016, "Instance Normalization: The Missing Ingredient for Fast
+    Stylization", arXiv:1607.08022, equation 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from itertools import permutations
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normsurgery.errors import CannotConvert
+from normsurgery.norms.batchnorm import STATISTICS, scale_and_shift
+from normsurgery.norms.carry import (
+    along,
+    channels,
+    eps_of,
+    present,
+    refusal,
+    require_elements,
+    scaled,
+    settled,
+    shares_eps,
+    space,
+    wanted_affine,
+    without,
+)
+from normsurgery.norms.examples import randomised
+from normsurgery.spec import (
+    Conversion,
+    Example,
+    Fidelity,
+    Law,
+    NormSpec,
+    OnnxForm,
+    Reading,
+    Source,
+)
+
+BY_RANK: dict[int, type[nn.Module]] = {
+    1: nn.InstanceNorm1d,
+    2: nn.InstanceNorm2d,
+    3: nn.InstanceNorm3d,
+}
+
+
+def formula(
+    x: Tensor, tensors: Mapping[str, Tensor], settings: Mapping[str, Any], training: bool
+) -> Tensor:
+    if "running_mean" in tensors and not training:
+        mean, variance = (along(tensors[role], x, 1) for role in STATISTICS)
+    else:
+        over = list(range(2, x.dim()))
+        mean = x.mean(over, keepdim=True)
+        variance = x.var(over, unbiased=False, keepdim=True)
+    return scaled((x - mean) / (variance + settings["eps"]).sqrt(), tensors, settings)
+
+
+def read(module: nn.Module) -> Reading:
+    assert isinstance(module, (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d))
+    settings = {
+        "eps": module.eps,
+        "channel_axis": 1,
+        "features": module.num_features,
+        "momentum": module.momentum,
+    }
+    roles = ("weight", "bias", *STATISTICS, "num_batches_tracked")
+    return Reading(present(module, *roles), settings)
+
+
+def hypotheses(shape: tuple[int, ...], tensors: Mapping[str, tuple[int, ...]]) -> Iterator[Reading]:
+    """Without running statistics, vectors of C elements in either role."""
+    if len(shape) < 3:
+        return
+    fitting = [name for name, size in tensors.items() if torch.Size(size).numel() == shape[1]]
+    settings = {"channel_axis": 1, "features": shape[1], "momentum": 0.1}
+    for roles in (("weight", "bias"), ("weight",), ("bias",), ()):
+        for names in permutations(fitting, len(roles)):
+            yield Reading(dict(zip(roles, names, strict=True)), settings)
+
+
+def as_affine(module: nn.Module) -> tuple[Tensor, Tensor]:
+    """Scale and shift of an instance norm with running statistics in eval, float64, (features,).
+
+    Raises CannotConvert where it keeps none.
+    """
+    reading = read(module)
+    tensors = {role: getattr(module, name) for role, name in reading.tensors.items()}
+    if "running_mean" not in tensors:
+        raise CannotConvert(
+            "",
+            "instancenorm",
+            "affine",
+            "it keeps no running statistics, so it depends on the input in eval as well",
+            "Keep it, or train with track_running_stats=True.",
+        )
+    return scale_and_shift(tensors, reading.settings)
+
+
+def _dimensions(source: Source, dimensions: int | None) -> int:
+    axis, _ = channels(source, "instancenorm")
+    if axis != 1:
+        raise refusal(
+            source,
+            "instancenorm",
+            "channels come last here, so statistics over space would mix positions",
+            "Use layernorm or groupnorm, which stay within each position.",
+        )
+    if dimensions is None and source.shape is not None:
+        dimensions = len(source.shape) - 2
+    if dimensions is None or dimensions > max(BY_RANK):
+        raise refusal(
+            source,
+            "instancenorm",
+            "torch has one class each for 1, 2 and 3 dimensions of space, and which is not known",
+            "Give example inputs, or set dimensions=1, 2 or 3.",
+        )
+    if source.shape is not None:
+        cure = "Use groupnorm, whose groups span channels, or batchnorm."
+        require_elements(source, "instancenorm", space(source), cure)
+    return dimensions
+
+
+def from_any(
+    source: Source,
+    *,
+    init: str = "copy",
+    affine: bool | None = None,
+    dimensions: int | None = None,
+) -> nn.Module:
+    kind = BY_RANK[_dimensions(source, dimensions)]
+    weight, bias = wanted_affine(source, affine)
+    module = kind(source.features, eps=eps_of(source), affine=weight or bias)
+    return settled(without(module, weight, bias), source, init)
+
+
+def from_instancenorm(source: Source, *, init: str = "copy") -> nn.Module:
+    """The same function as a module: for a call or a formula in a forward."""
+    kind = BY_RANK[_dimensions(source, None)]
+    weight, bias = wanted_affine(source, None)
+    module = kind(
+        source.features,
+        eps=source.eps,
+        momentum=source.settings.get("momentum", 0.1),
+        affine=weight or bias,
+        track_running_stats="running_mean" in source.tensors,
+    )
+    module = settled(without(module, weight, bias), source, init)
+    for role in (*STATISTICS, "num_batches_tracked"):
+        if role in source.tensors:
+            setattr(module, role, source.tensors[role].detach().clone())
+    return module
+
+
+def _resolve(source: Source, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {**options, "dimensions": _dimensions(source, options.get("dimensions"))}
+
+
+def _from_each_channel(source: Source, options: Mapping[str, Any]) -> Fidelity:
+    each = source.settings["num_groups"] == source.features
+    return Fidelity.IDENTICAL if each and shares_eps(source) else Fidelity.RETRAIN
+
+
+def examples() -> tuple[Example, ...]:
+    def two(**arguments: Any) -> nn.Module:
+        return randomised(nn.InstanceNorm2d(6, **arguments))
+
+    image = (3, 6, 5, 3)
+    tracked = partial(two, affine=True, track_running_stats=True)
+    return (
+        Example("2d", partial(two, affine=True), (image,)),
+        Example("1d", lambda: randomised(nn.InstanceNorm1d(6, affine=True)), ((3, 6, 7),)),
+        Example("3d", lambda: randomised(nn.InstanceNorm3d(6, affine=True)), ((2, 6, 3, 2, 4),)),
+        Example("without affine", two, (image,)),
+        Example("without bias", lambda: without(two(affine=True), True, False), (image,)),
+        Example("running statistics", tracked, (image,)),
+    )
+
+
+NORM = NormSpec(
+    name="instancenorm",
+    summary="per channel over the space of each sample",
+    paper="Ulyanov, Vedaldi and Lempitsky 2016, arXiv:1607.08022",
+    attach="norm",
+    classes=(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    read=read,
+    formula=formula,
+    examples=examples,
+    conversions={
+        "*": Conversion(from_any, Fidelity.RETRAIN, _resolve),
+        "instancenorm": Conversion(from_instancenorm, Fidelity.IDENTICAL),
+        "groupnorm": Conversion(from_any, _from_each_channel, _resolve),
+    },
+    laws=frozenset(
+        {
+            Law.SHIFT_INVARIANT,
+            Law.SCALE_INVARIANT,
+            Law.BATCH_INDEPENDENT,
+            Law.PERMUTATION_EQUIVARIANT,
+        }
+    ),
+    onnx=OnnxForm({18: ("InstanceNormalization",)}),
+    hypotheses=hypotheses,
+    as_affine=as_affine,
+)

@@ -1,0 +1,203 @@
+"""L2 normalization: divides by the Euclidean length along one dimension.
+
+What it computes
+    y = x / max(|x|, eps), as `torch.nn.functional.normalize` does, with |x| along one dimension.
+    Written by hand eps may also be added to the length (`eps_outside`) or to the sum of squares;
+    without eps these are one function.
+
+Use it when
+    Directions are compared (contrastive embeddings, cosine attention). It has nothing to train.
+
+From other norms
+    Weight and bias are dropped, eps is its own. An RMS norm is this times sqrt(C), but for eps.
+
+Inference
+    It depends on the input in eval as in training, so it cannot become a scale and a shift.
+
+ONNX
+    ReduceL2, Clip, Expand, Div.
+
+Example
+    >>> import torch
+    >>> from normsurgery.norms.l2norm import L2Norm
+    >>> y = L2Norm()(torch.randn(4, 8))
+    >>> bool((y.norm(dim=-1) - 1).abs().max() < 1e-5)
+    True
+
+Reference
+    Liu, Rabinovich and Berg, 2015, "ParseNet: Looking Wider to See Better", arXiv:1506.04579,
+    equation 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from normsurgery.errors import WrongShape
+from normsurgery.norms.carry import channels, refusal, settled
+from normsurgery.spec import (
+    Conversion,
+    Example,
+    Fidelity,
+    Law,
+    NormSpec,
+    OnnxForm,
+    Reading,
+    Source,
+)
+
+PLACES = (
+    {"eps_clamp": True, "eps_outside": False},
+    {"eps_clamp": False, "eps_outside": True},
+    {"eps_clamp": False, "eps_outside": False},
+)
+
+
+class L2Norm(nn.Module):
+    """Divides by the Euclidean length along `dim`; any shape with that dimension, any real dtype.
+
+    eps_clamp: the length is at least eps. Otherwise eps_outside adds eps to the length, and with
+    neither it is added to the sum of squares. `features` is the size along `dim` if it is known;
+    then another size raises WrongShape.
+    """
+
+    def __init__(
+        self,
+        dim: int = -1,
+        eps: float = 1e-12,
+        *,
+        features: int | None = None,
+        eps_clamp: bool = True,
+        eps_outside: bool = False,
+    ) -> None:
+        super().__init__()
+        self.dim, self.eps, self.features = dim, eps, features
+        self.eps_clamp, self.eps_outside = eps_clamp, eps_outside
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() < 2 or (self.features is not None and x.shape[self.dim] != self.features):
+            raise WrongShape(
+                "L2Norm",
+                x.shape,
+                f"two or more dimensions, {self.features or 'any size'} along dimension {self.dim}",
+                "Permute the input, or set dim.",
+            )
+        if self.eps_clamp:
+            return F.normalize(x, dim=self.dim, eps=self.eps)
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        if self.eps_outside:  # torch's own norm has a gradient at zero
+            length: Tensor = torch.linalg.vector_norm(wide, dim=self.dim, keepdim=True) + self.eps
+        else:
+            length = (wide.square().sum(self.dim, keepdim=True) + self.eps).sqrt()
+        return torch.div(wide, length).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, eps={self.eps}"
+
+
+def formula(
+    x: Tensor, tensors: Mapping[str, Tensor], settings: Mapping[str, Any], training: bool
+) -> Tensor:
+    squares = x.square().sum(settings["dim"], keepdim=True)
+    eps: float = settings["eps"]
+    if settings.get("eps_clamp", True):
+        return x / squares.sqrt().clamp_min(eps)
+    if settings.get("eps_outside", False):
+        return x / (squares.sqrt() + eps)
+    return x / (squares + eps).sqrt()
+
+
+def read(module: nn.Module) -> Reading:
+    assert isinstance(module, L2Norm)
+    settings = {
+        "eps": module.eps,
+        "dim": module.dim,
+        "channel_axis": module.dim,
+        "eps_clamp": module.eps_clamp,
+        "eps_outside": module.eps_outside,
+    }
+    if module.features is not None:
+        settings["features"] = module.features
+    return Reading({}, settings)
+
+
+def hypotheses(shape: tuple[int, ...], tensors: Mapping[str, tuple[int, ...]]) -> Iterator[Reading]:
+    """Along the last or any other dimension but the first, eps in each of its places."""
+    for dim in (-1, *range(1, len(shape) - 1)):
+        for place in PLACES:
+            features = shape[dim] if shape else 1
+            yield Reading({}, {"dim": dim, "channel_axis": dim, "features": features, **place})
+
+
+def from_any(source: Source, *, init: str = "copy", eps: float = 1e-12) -> nn.Module:
+    axis, features = channels(source, "l2norm")
+    if features == 1:
+        raise refusal(
+            source,
+            "l2norm",
+            "only one element would be normalised, so the output would be its sign",
+            "Use affine at this site.",
+        )
+    return settled(L2Norm(axis, eps, features=features), source, init)
+
+
+def from_l2norm(source: Source, *, init: str = "copy") -> nn.Module:
+    """The same function as a module: for a call or a formula in a forward."""
+    module = L2Norm(
+        source.settings["dim"],
+        source.eps,
+        features=source.settings.get("features"),
+        eps_clamp=source.settings.get("eps_clamp", True),
+        eps_outside=source.settings.get("eps_outside", False),
+    )
+    return settled(module, source, init)
+
+
+def examples() -> tuple[Example, ...]:
+    tokens = (2, 5, 12)
+    return (
+        Example("last dimension", lambda: L2Norm(features=12), (tokens, (3, 12))),
+        Example("channels second", lambda: L2Norm(1, features=6), ((2, 6, 5, 3),)),
+        Example(
+            "eps in the sum",
+            lambda: L2Norm(eps=1e-6, features=12, eps_clamp=False),
+            (tokens,),
+        ),
+        Example(
+            "eps outside",
+            lambda: L2Norm(eps=1e-6, features=12, eps_clamp=False, eps_outside=True),
+            (tokens,),
+        ),
+    )
+
+
+NORM = NormSpec(
+    name="l2norm",
+    summary="divides by the Euclidean length",
+    paper="Liu, Rabinovich and Berg 2015, arXiv:1506.04579",
+    attach="norm",
+    classes=(L2Norm,),
+    read=read,
+    formula=formula,
+    examples=examples,
+    conversions={
+        "*": Conversion(from_any, Fidelity.RETRAIN),
+        "l2norm": Conversion(from_l2norm, Fidelity.IDENTICAL),
+    },
+    laws=frozenset(
+        {
+            Law.SCALE_INVARIANT,
+            Law.BATCH_INDEPENDENT,
+            Law.PERMUTATION_EQUIVARIANT,
+            Law.ROTATION_EQUIVARIANT,
+        }
+    ),
+    onnx=OnnxForm({18: ("ReduceL2", "Clip", "Expand", "Div")}),
+    hypotheses=hypotheses,
+    why_not_affine="its length is that of each position, in eval as in training",
+)

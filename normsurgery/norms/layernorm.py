@@ -1,0 +1,268 @@
+"""Layer normalization, over the last dimensions of each position.
+
+What it computes
+    y = (x - mean) / sqrt(var + eps) * weight + bias, mean and biased var over the last dimensions.
+    Written by hand it also comes as (x - mean) / (std + eps), with the unbiased std, and with a
+    weight stored as `weight - 1`; each is read as it is.
+
+Use it when
+    Each position (token) must be normalised alone: transformers, recurrent networks, batch size 1.
+
+From other norms
+    Weight, bias and eps are carried. Where channels come second (a site in a convolutional network)
+    it normalises the channels of each position, as `layernorm2d` does; for the norm over
+    channels and space together say `layernorm_chw`. From `layernorm2d`, and from a group norm of
+    one group that stays within a position, it is the same function.
+
+Inference
+    It depends on the input in eval as in training, so it cannot become a scale and a shift.
+
+ONNX
+    One LayerNormalization.
+
+Example
+    >>> import torch
+    >>> from normsurgery.norms.layernorm import StdLayerNorm
+    >>> norm = StdLayerNorm(8, eps=1e-6)
+    >>> y = norm(torch.randn(2, 5, 8))
+    >>> bool((y.std(-1) - 1).abs().max() < 1e-4)
+    True
+
+Reference
+    Ba, Kiros and Hinton, 2016, "Layer Normalization", arXiv:1607.06450, equation 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import permutations
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normsurgery.errors import WrongShape
+from normsurgery.norms.carry import (
+    channels,
+    effective,
+    eps_of,
+    present,
+    require_elements,
+    settled,
+    shares_eps,
+    space,
+    wanted_affine,
+    without,
+)
+from normsurgery.norms.examples import randomised
+from normsurgery.norms.layernorm2d import LayerNorm2d
+from normsurgery.spec import (
+    Conversion,
+    Example,
+    Fidelity,
+    Law,
+    NormSpec,
+    OnnxForm,
+    Reading,
+    Source,
+)
+
+SPELLINGS = tuple(
+    {"eps_outside": outside, "unbiased": unbiased}
+    for outside, unbiased in ((False, False), (True, True), (True, False), (False, True))
+)
+
+
+class StdLayerNorm(nn.Module):
+    """Layer norm over the last dimension by its standard deviation: (x - mean) / (std + eps).
+
+    unbiased: the deviation divides by n - 1. eps_outside: eps is added to the deviation and not to
+    the variance. Raises WrongShape unless the last size is `features`.
+    """
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, features: int, eps: float = 1e-6, *, unbiased: bool = True, eps_outside: bool = True
+    ) -> None:
+        super().__init__()
+        self.features, self.eps = features, eps
+        self.unbiased, self.eps_outside = unbiased, eps_outside
+        self.weight = nn.Parameter(torch.ones(features))
+        self.bias = nn.Parameter(torch.zeros(features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() < 1 or x.shape[-1] != self.features:
+            raise WrongShape(
+                "StdLayerNorm",
+                x.shape,
+                f"(..., {self.features})",
+                "It normalises the last dimension; permute the input.",
+            )
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        centred = wide - wide.mean(-1, keepdim=True)
+        if self.eps_outside:  # torch's own std has a gradient where the variance is zero
+            y = centred / (wide.std(-1, unbiased=self.unbiased, keepdim=True) + self.eps)
+        else:
+            y = centred / (wide.var(-1, unbiased=self.unbiased, keepdim=True) + self.eps).sqrt()
+        y = y if self.weight is None else y * self.weight
+        y = y if self.bias is None else y + self.bias
+        return y.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.features}, eps={self.eps}, unbiased={self.unbiased}, "
+            f"eps_outside={self.eps_outside}"
+        )
+
+
+def formula(
+    x: Tensor, tensors: Mapping[str, Tensor], settings: Mapping[str, Any], training: bool
+) -> Tensor:
+    sizes = settings["normalized_shape"]
+    over = list(range(-len(sizes), 0))
+    centred = x - x.mean(over, keepdim=True)
+    variance = x.var(over, unbiased=settings.get("unbiased", False), keepdim=True)
+    y: Tensor
+    if settings.get("eps_outside", False):
+        y = centred / (variance.sqrt() + settings["eps"])
+    else:
+        y = centred / (variance + settings["eps"]).sqrt()
+    if "weight" in tensors:
+        y = y * (_shaped(tensors["weight"], sizes) + settings.get("weight_offset", 0.0))
+    if "bias" in tensors:
+        y = y + _shaped(tensors["bias"], sizes)
+    return y
+
+
+def _shaped(vector: Tensor, sizes: list[int]) -> Tensor:
+    return vector.reshape(sizes) if vector.numel() == torch.Size(sizes).numel() else vector
+
+
+def read(module: nn.Module) -> Reading:
+    assert isinstance(module, (nn.LayerNorm, StdLayerNorm))
+    if isinstance(module, StdLayerNorm):
+        sizes = [module.features]
+        spelling = {"eps_outside": module.eps_outside, "unbiased": module.unbiased}
+    else:
+        sizes, spelling = list(module.normalized_shape), SPELLINGS[0]
+    settings = {
+        "eps": module.eps,
+        "channel_axis": -1,
+        "features": sizes[-1],
+        "normalized_shape": sizes,
+        **spelling,
+    }
+    return Reading(present(module, "weight", "bias"), settings)
+
+
+def hypotheses(shape: tuple[int, ...], tensors: Mapping[str, tuple[int, ...]]) -> Iterator[Reading]:
+    """Over the last k dimensions, every spelling, tensors of that size in either role."""
+    for count in range(1, max(2, len(shape))):
+        sizes = list(shape[-count:])
+        elements = torch.Size(sizes).numel()
+        fitting = [name for name, size in tensors.items() if torch.Size(size).numel() == elements]
+        for roles in (("weight", "bias"), ("weight",), ("bias",), ()):
+            for names in permutations(fitting, len(roles)):
+                for spelling in SPELLINGS:
+                    settings = {
+                        "channel_axis": -1,
+                        "features": sizes[-1],
+                        "normalized_shape": sizes,
+                        **spelling,
+                    }
+                    by_role = dict(zip(roles, names, strict=True))
+                    yield Reading(by_role, {**settings, "weight_offset": 0.0})
+                    if "weight" in roles:
+                        yield Reading(by_role, {**settings, "weight_offset": 1.0})
+
+
+def from_any(source: Source, *, init: str = "copy", affine: bool | None = None) -> nn.Module:
+    axis, features = channels(source, "layernorm")
+    require_elements(source, "layernorm", features, "Use batchnorm or affine at this site.")
+    weight, bias = wanted_affine(source, affine)
+    module: nn.Module
+    if axis == 1 and not _flat(source):
+        module = LayerNorm2d(features, eps=eps_of(source))
+    else:
+        module = nn.LayerNorm(features, eps=eps_of(source), elementwise_affine=weight or bias)
+    return settled(without(module, weight, bias), source, init)
+
+
+def from_layernorm(source: Source, *, init: str = "copy") -> nn.Module:
+    """The same function as a module: for a call or a formula in a forward."""
+    settings = source.settings
+    sizes = list(settings["normalized_shape"])
+    weight, bias = wanted_affine(source, None)
+    module: nn.Module
+    if settings.get("eps_outside", False) or settings.get("unbiased", False):
+        if len(sizes) > 1:
+            channels(source, "layernorm")
+        module = StdLayerNorm(
+            sizes[-1],
+            eps=source.eps,
+            unbiased=settings.get("unbiased", False),
+            eps_outside=settings.get("eps_outside", False),
+        )
+    else:
+        module = nn.LayerNorm(sizes, eps=source.eps, elementwise_affine=weight or bias)
+    values = {role: effective(source, role, sizes) for role in ("weight", "bias")}
+    return settled(without(module, weight, bias), source, init, values)
+
+
+def _flat(source: Source) -> bool:
+    """Whether inputs are (N, C), where the second dimension is the last one too."""
+    return source.shape is not None and len(source.shape) == 2
+
+
+def _within_position(source: Source, options: Mapping[str, Any]) -> Fidelity:
+    """One group whose statistics see one position only is a layer norm."""
+    alone = source.channel_axis == -1 or (source.shape is not None and space(source) == 1)
+    one = source.settings.get("num_groups", 1) == 1
+    return Fidelity.IDENTICAL if alone and one and shares_eps(source) else Fidelity.RETRAIN
+
+
+def _standard(source: Source, options: Mapping[str, Any]) -> Fidelity:
+    return Fidelity.IDENTICAL if shares_eps(source) else Fidelity.RETRAIN
+
+
+def examples() -> tuple[Example, ...]:
+    tokens = (2, 5, 12)
+    return (
+        Example("last dimension", lambda: randomised(nn.LayerNorm(12)), (tokens, (3, 12))),
+        Example("several dimensions", lambda: randomised(nn.LayerNorm([4, 3, 5])), ((2, 4, 3, 5),)),
+        Example("without affine", lambda: nn.LayerNorm(12, elementwise_affine=False), (tokens,)),
+        Example("without bias", lambda: randomised(nn.LayerNorm(12, bias=False)), (tokens,)),
+        Example("mean and std", lambda: randomised(StdLayerNorm(12)), (tokens,)),
+    )
+
+
+NORM = NormSpec(
+    name="layernorm",
+    summary="over the last dimensions of each position",
+    paper="Ba, Kiros and Hinton 2016, arXiv:1607.06450",
+    attach="norm",
+    classes=(nn.LayerNorm, StdLayerNorm),
+    read=read,
+    formula=formula,
+    examples=examples,
+    conversions={
+        "*": Conversion(from_any, Fidelity.RETRAIN),
+        "layernorm": Conversion(from_layernorm, Fidelity.IDENTICAL),
+        "layernorm2d": Conversion(from_any, _standard),
+        "groupnorm": Conversion(from_any, _within_position),
+        "layernorm_chw": Conversion(from_any, _within_position),
+    },
+    laws=frozenset(
+        {
+            Law.SHIFT_INVARIANT,
+            Law.SCALE_INVARIANT,
+            Law.BATCH_INDEPENDENT,
+            Law.PERMUTATION_EQUIVARIANT,
+        }
+    ),
+    onnx=OnnxForm({18: ("LayerNormalization",)}),
+    hypotheses=hypotheses,
+    why_not_affine="its mean and variance are those of each position, in eval as in training",
+)

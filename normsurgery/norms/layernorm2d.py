@@ -1,0 +1,244 @@
+"""Layer normalization over the channels of each pixel of (N, C, H, W).
+
+What it computes
+    y = (x - mean) / sqrt(var + eps) * weight + bias, mean and biased var over the second dimension,
+    at each position alone; any number of spatial dimensions, or none.
+
+Use it when
+    A convolutional network should normalise as transformers do (ConvNeXt). Do not mistake it for
+    `layernorm_chw`, which takes statistics over channels and space together.
+
+From other norms
+    Weight, bias and eps are carried. Where channels come last it is `torch.nn.LayerNorm`. From
+    `layernorm`, and from a group norm of one group that stays within a position, it is the same
+    function.
+
+Inference
+    It depends on the input in eval as in training, so it cannot become a scale and a shift.
+
+ONNX
+    Transpose, LayerNormalization, Transpose.
+
+Example
+    >>> import torch
+    >>> from normsurgery.norms.layernorm2d import LayerNorm2d
+    >>> norm = LayerNorm2d(8)
+    >>> y = norm(torch.randn(2, 8, 5, 5))
+    >>> bool(y.mean(1).abs().max() < 1e-5)
+    True
+
+Reference
+    Liu et al., 2022, "A ConvNet for the 2020s", arXiv:2201.03545, section 2.6; the norm itself
+    Ba, Kiros and Hinton, 2016, arXiv:1607.06450, equation 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import permutations
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from normsurgery.errors import WrongShape
+from normsurgery.norms.carry import (
+    channels,
+    eps_of,
+    present,
+    require_elements,
+    scaled,
+    settled,
+    shares_eps,
+    space,
+    wanted_affine,
+    without,
+)
+from normsurgery.norms.examples import randomised
+from normsurgery.spec import (
+    Conversion,
+    Example,
+    Fidelity,
+    Law,
+    NormSpec,
+    OnnxForm,
+    Reading,
+    Source,
+)
+
+SPELLINGS = tuple(
+    {"eps_outside": outside, "unbiased": unbiased}
+    for outside, unbiased in ((False, False), (True, True), (True, False), (False, True))
+)
+
+
+class LayerNorm2d(nn.Module):
+    """Layer norm over axis 1 of (N, C, ...). Output keeps the input's dtype and memory format.
+
+    unbiased: the variance divides by n - 1. eps_outside: eps is added to the standard deviation and
+    not to the variance. Raises WrongShape unless the second size is `num_channels`.
+    """
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        num_channels: int,
+        eps: float = 1e-6,
+        *,
+        unbiased: bool = False,
+        eps_outside: bool = False,
+    ) -> None:
+        super().__init__()
+        self.num_channels, self.eps = num_channels, eps
+        self.unbiased, self.eps_outside = unbiased, eps_outside
+        self.weight = nn.Parameter(torch.ones(num_channels))
+        self.bias = nn.Parameter(torch.zeros(num_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() < 2 or x.shape[1] != self.num_channels:
+            raise WrongShape(
+                "LayerNorm2d",
+                x.shape,
+                f"(N, {self.num_channels}, ...)",
+                "It normalises the second dimension; use LayerNorm if channels come last.",
+            )
+        last = x.movedim(1, -1)
+        if self.unbiased or self.eps_outside:
+            y = self._by_deviation(last)
+        else:
+            y = F.layer_norm(last, (self.num_channels,), self.weight, self.bias, self.eps)
+        y = y.movedim(-1, 1)
+        return y.contiguous() if x.is_contiguous() else y
+
+    def _by_deviation(self, last: Tensor) -> Tensor:
+        wide = last.float() if last.dtype in (torch.float16, torch.bfloat16) else last
+        centred = wide - wide.mean(-1, keepdim=True)
+        if self.eps_outside:  # torch's own std has a gradient where the variance is zero
+            y = centred / (wide.std(-1, unbiased=self.unbiased, keepdim=True) + self.eps)
+        else:
+            y = centred / (wide.var(-1, unbiased=self.unbiased, keepdim=True) + self.eps).sqrt()
+        y = y if self.weight is None else y * self.weight
+        y = y if self.bias is None else y + self.bias
+        return y.to(last.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_channels}, eps={self.eps}"
+
+
+def formula(
+    x: Tensor, tensors: Mapping[str, Tensor], settings: Mapping[str, Any], training: bool
+) -> Tensor:
+    centred = x - x.mean(1, keepdim=True)
+    variance = x.var(1, unbiased=settings.get("unbiased", False), keepdim=True)
+    if settings.get("eps_outside", False):
+        return scaled(centred / (variance.sqrt() + settings["eps"]), tensors, settings)
+    return scaled(centred / (variance + settings["eps"]).sqrt(), tensors, settings)
+
+
+def read(module: nn.Module) -> Reading:
+    assert isinstance(module, LayerNorm2d)
+    settings = {
+        "eps": module.eps,
+        "channel_axis": 1,
+        "features": module.num_channels,
+        "eps_outside": module.eps_outside,
+        "unbiased": module.unbiased,
+    }
+    return Reading(present(module, "weight", "bias"), settings)
+
+
+def hypotheses(shape: tuple[int, ...], tensors: Mapping[str, tuple[int, ...]]) -> Iterator[Reading]:
+    """Over the second of at least three dimensions, every spelling, vectors in either role."""
+    if len(shape) < 3:
+        return
+    fitting = [name for name, size in tensors.items() if torch.Size(size).numel() == shape[1]]
+    for roles in (("weight", "bias"), ("weight",), ("bias",), ()):
+        for names in permutations(fitting, len(roles)):
+            by_role = dict(zip(roles, names, strict=True))
+            for spelling in SPELLINGS:
+                settings = {"channel_axis": 1, "features": shape[1], **spelling}
+                yield Reading(by_role, {**settings, "weight_offset": 0.0})
+                if "weight" in roles:
+                    yield Reading(by_role, {**settings, "weight_offset": 1.0})
+
+
+def from_any(source: Source, *, init: str = "copy", affine: bool | None = None) -> nn.Module:
+    axis, features = channels(source, "layernorm2d")
+    require_elements(source, "layernorm2d", features, "Use batchnorm or affine at this site.")
+    weight, bias = wanted_affine(source, affine)
+    module: nn.Module
+    if axis == 1:
+        module = LayerNorm2d(features, eps=eps_of(source))
+    else:
+        module = nn.LayerNorm(features, eps=eps_of(source), elementwise_affine=weight or bias)
+    return settled(without(module, weight, bias), source, init)
+
+
+def from_layernorm2d(source: Source, *, init: str = "copy") -> nn.Module:
+    """The same function as a module: for a formula in a forward."""
+    module = LayerNorm2d(
+        source.features,
+        eps=source.eps,
+        unbiased=source.settings.get("unbiased", False),
+        eps_outside=source.settings.get("eps_outside", False),
+    )
+    return settled(without(module, *wanted_affine(source, None)), source, init)
+
+
+def _standard(source: Source, options: Mapping[str, Any]) -> Fidelity:
+    one = len(source.settings["normalized_shape"]) == 1
+    return Fidelity.IDENTICAL if one and shares_eps(source) else Fidelity.RETRAIN
+
+
+def _within_position(source: Source, options: Mapping[str, Any]) -> Fidelity:
+    """One group whose statistics see one position only is a layer norm."""
+    alone = source.channel_axis == -1 or (source.shape is not None and space(source) == 1)
+    one = source.settings.get("num_groups", 1) == 1
+    return Fidelity.IDENTICAL if alone and one and shares_eps(source) else Fidelity.RETRAIN
+
+
+def examples() -> tuple[Example, ...]:
+    image = (2, 6, 5, 3)
+    return (
+        Example("2d", lambda: randomised(LayerNorm2d(6)), (image, (3, 6, 4))),
+        Example("without bias", lambda: without(randomised(LayerNorm2d(6)), True, False), (image,)),
+        Example("without affine", lambda: without(LayerNorm2d(6), False, False), (image,)),
+        Example(
+            "mean and std",
+            lambda: randomised(LayerNorm2d(6, unbiased=True, eps_outside=True)),
+            (image,),
+        ),
+    )
+
+
+NORM = NormSpec(
+    name="layernorm2d",
+    summary="over the channels of each pixel of (N, C, H, W)",
+    paper="Liu et al. 2022, arXiv:2201.03545; Ba, Kiros and Hinton 2016, arXiv:1607.06450",
+    attach="norm",
+    classes=(LayerNorm2d,),
+    read=read,
+    formula=formula,
+    examples=examples,
+    conversions={
+        "*": Conversion(from_any, Fidelity.RETRAIN),
+        "layernorm2d": Conversion(from_layernorm2d, Fidelity.IDENTICAL),
+        "layernorm": Conversion(from_any, _standard),
+        "groupnorm": Conversion(from_any, _within_position),
+        "layernorm_chw": Conversion(from_any, _within_position),
+    },
+    laws=frozenset(
+        {
+            Law.SHIFT_INVARIANT,
+            Law.SCALE_INVARIANT,
+            Law.BATCH_INDEPENDENT,
+            Law.PERMUTATION_EQUIVARIANT,
+        }
+    ),
+    onnx=OnnxForm({18: ("Transpose", "LayerNormalization", "Transpose")}),
+    hypotheses=hypotheses,
+    why_not_affine="its mean and variance are those of each position, in eval as in training",
+)
