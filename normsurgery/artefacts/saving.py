@@ -1,0 +1,130 @@
+"""Saves a changed model in the form the original came in, with its report beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from normsurgery import __version__
+from normsurgery.artefacts.checkpoints import RECORD
+from normsurgery.artefacts.loaded import MARK, Loaded
+from normsurgery.artefacts.pickles import first_line
+from normsurgery.errors import UsageError
+
+
+def save(
+    loaded: Loaded, model: Any, report: Any, out: str | Path, *, force: bool = False
+) -> tuple[Path, ...]:
+    """Write `model`, made from `loaded`, to `out`, and the report to `<out>.report.json`.
+
+    The file is of the kind that was loaded: a pickled model, with the same dict around it; an
+    exported program; a directory; a factory's weights as safetensors. `report` is a Report, or its
+    JSON. Returns the paths written. Raises UsageError if one exists and `force` is not given, or
+    if the model cannot be written in that form; what was there before is then untouched.
+    """
+    out = Path(out)
+    beside = out.with_name(f"{out.name}.report.json")
+    for path in (out, beside):
+        if path.exists() and not force:
+            raise UsageError(f"{path} exists already. Give another name with -o, or --force.")
+    if not out.resolve().parent.is_dir():
+        raise UsageError(f"{out.parent}: there is no such directory to write {out.name} into.")
+    content = report if isinstance(report, Mapping) else report.to_json()
+    plans = (*loaded.plans, content.get("plan"))
+    write = _WRITERS[loaded.kind]
+    with _replacing(out) as temporary, _replacing(beside) as temporary_report:
+        temporary_report.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write(loaded, model, plans, temporary)
+    return out, beside
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` that takes its place once everything has been written."""
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.resolve().parent))
+    temporary = folder / path.name
+    try:
+        yield temporary
+        if path.is_dir() and not path.is_symlink():
+            os.replace(path, folder / "replaced")
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_pickle(loaded: Loaded, model: nn.Module, plans: tuple[Any, ...], path: Path) -> None:
+    from normsurgery.surgery.owner import is_rewritten
+    from normsurgery.surgery.rebuilding import restore_originals
+
+    content: Any = model
+    if any(is_rewritten(module) for module in model.modules()):
+        content = {MARK: __version__, "model": restore_originals(model), "plan": list(plans)}
+    if loaded.container is not None:
+        content = {**loaded.container, loaded.key: content}
+    try:
+        torch.save(content, path)
+    except Exception as error:  # an attribute of any class may refuse, with any exception
+        raise UsageError(
+            f"{type(model).__name__} cannot be pickled ({first_line(error)}). "
+            "Load it as package.module:factory with --weights; then its weights are saved."
+        ) from error
+
+
+def _write_exported(loaded: Loaded, model: Any, plans: tuple[Any, ...], path: Path) -> None:
+    named = path.with_suffix(".pt2")  # torch.export.save takes no other suffix
+    torch.export.save(model, named)
+    os.replace(named, path)
+
+
+def _write_directory(loaded: Loaded, model: Any, plans: tuple[Any, ...], path: Path) -> None:
+    path.mkdir()
+    source = Path(loaded.path)
+    for file in source.iterdir():  # tokenizer, processor, licence: all but weights and config
+        if file.is_file() and not _is_rewritten_file(file.name):
+            shutil.copy2(file, path / file.name)
+    # The file's keys are then the model's own, which the rebuilt model loads without any mapping.
+    model.save_pretrained(path, save_original_format=False)
+    record = {MARK: __version__, "plan": list(plans)}
+    (path / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _is_rewritten_file(name: str) -> bool:
+    weights = (
+        ".safetensors",
+        ".safetensors.index.json",
+        ".bin",
+        ".bin.index.json",
+        ".h5",
+        ".msgpack",
+    )
+    return name.endswith(weights) or name in ("config.json", "generation_config.json", RECORD)
+
+
+def _write_weights(loaded: Loaded, model: nn.Module, plans: tuple[Any, ...], path: Path) -> None:
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, value in model.state_dict(keep_vars=True).items():
+        if not isinstance(value, Tensor):
+            raise UsageError(f"{name} is a {type(value).__name__}, which safetensors cannot hold.")
+        if id(value) not in seen:  # a tied tensor is written once, under its first name
+            seen.add(id(value))
+            tensors[name] = value.detach().clone(memory_format=torch.contiguous_format)
+    save_file(tensors, path, metadata={MARK: __version__, "plan": json.dumps(list(plans))})
+
+
+_WRITERS: dict[str, Callable[[Loaded, Any, tuple[Any, ...], Path], None]] = {
+    "pickle": _write_pickle,
+    "exported": _write_exported,
+    "directory": _write_directory,
+    "factory": _write_weights,
+}
