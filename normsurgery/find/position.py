@@ -1,0 +1,119 @@
+"""Where in the owner's forward a call or a formula stands."""
+
+from __future__ import annotations
+
+from types import CodeType
+
+from torch import fx, nn
+
+from normsurgery.find.candidates import NotProven
+from normsurgery.find.events import Event
+from normsurgery.graph import FrameRecord, Op, Recording
+from normsurgery.graph.positions import forward_of, function_name, source_hash
+from normsurgery.survey import CallSite, Origin, Span
+
+
+def call_site(
+    recording: Recording,
+    original: nn.Module,
+    owner: nn.Module,
+    event: Event,
+    output: int,
+    ops: tuple[Op, ...],
+    start: int,
+) -> CallSite:
+    """The CallSite of the operations `ops` that make `output` from `start` inside `owner`.
+
+    Raises NotProven where no expression of the forward has the output as its value.
+    """
+    if isinstance(owner, fx.GraphModule):
+        return _node_site(recording, owner, output, start)
+    frames = event.frames
+    frame = _forward_frame(original, owner, frames)
+    if frame is None or frame.code is None or frame.span is None:
+        raise NotProven("it stands outside any forward of a module")
+    last = recording.values[output].op
+    finish = _in_frame(recording.ops[last], frame.serial) if last is not None else None
+    if finish is None or finish.span is None or not _is_value_of(recording, output, finish):
+        raise NotProven(
+            "it stands inside a function that does more than normalise, outside any forward"
+        )
+    spans = [_in_frame(op, frame.serial) for op in ops]
+    if any(found is None for found in spans):
+        raise NotProven("its statements are spread over several forwards")
+    function = forward_of(type(original), frame.code)
+    if function is None:
+        raise NotProven("it stands outside any forward of a module")
+    try:
+        hashed = source_hash(function)
+    except (OSError, TypeError) as error:
+        raise NotProven("the source of its forward is not there to be rewritten") from error
+    begin = next((f for f in spans if f is not None), finish)
+    return CallSite(
+        function=function_name(function, type(original)),
+        source_hash=hashed,
+        output=finish.span,
+        input=_origin(recording, start, begin, frame.serial),
+        region=tuple(dict.fromkeys(f.span for f in spans if f is not None and f.span)),
+    )
+
+
+def _forward_frame(
+    original: nn.Module, owner: nn.Module, frames: tuple[FrameRecord, ...]
+) -> FrameRecord | None:
+    """The outermost frame of the innermost run of the owner: what a call of it starts with."""
+    found = None
+    for frame in frames:
+        if frame.module is not owner:
+            break
+        if frame.code is not None and _is_forward(original, frame.code):
+            found = frame
+    return found
+
+
+def _is_forward(original: nn.Module, code: CodeType) -> bool:
+    """A forward itself, not a decorator's wrapper around it (which keeps its own code name)."""
+    return code.co_name == "forward" and forward_of(type(original), code) is not None
+
+
+def _in_frame(op: Op, serial: int) -> FrameRecord | None:
+    return next((frame for frame in op.frames if frame.serial == serial), None)
+
+
+def _is_value_of(recording: Recording, output: int, frame: FrameRecord) -> bool:
+    """The output is what the expression gives: nothing later belongs to the same expression."""
+    made_by = recording.values[output].op
+    later = recording.ops[made_by + 1 :] if made_by is not None else []
+    for op in later:
+        found = _in_frame(op, frame.serial)
+        if found is not None:
+            return found.span != frame.span
+    return True
+
+
+def _origin(recording: Recording, value: int, frame: FrameRecord, serial: int) -> Origin:
+    name = next((name for name, bound in frame.names.items() if bound == value), None)
+    made_by = recording.values[value].op
+    maker = _in_frame(recording.ops[made_by], serial) if made_by is not None else None
+    span: Span | None = maker.span if maker is not None else None
+    # Where a named value was made may differ from run to run (`if self.training`).
+    return Origin(name, span if name is None else None)
+
+
+def _node_site(recording: Recording, owner: fx.GraphModule, output: int, start: int) -> CallSite:
+    node = _node_of(recording, owner, output)
+    if node is None:
+        raise NotProven("no node of the graph has its output")
+    return CallSite("", "", None, Origin(_node_of(recording, owner, start)), (), node)
+
+
+def _node_of(recording: Recording, owner: fx.GraphModule, value: int) -> str | None:
+    found = recording.values[value]
+    if found.op is not None:
+        op = recording.ops[found.op]
+        return next((f.node for f in op.frames if f.module is owner), None)
+    if found.name is None or not found.name.startswith("input "):
+        return None
+    placeholders = [node.name for node in owner.graph.nodes if node.op == "placeholder"]
+    position = int(found.name.removeprefix("input "))
+    return placeholders[position] if position < len(placeholders) else None

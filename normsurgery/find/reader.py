@@ -1,0 +1,323 @@
+"""Reading one recording: a Site for every norm it shows, a Skip for what stays unexplained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any, Literal
+
+from torch import Tensor, fx, nn
+
+from normsurgery.find import by_graph, by_run
+from normsurgery.find.by_type import all_paths
+from normsurgery.find.candidates import (
+    NotProven,
+    groups,
+    named_tensors,
+    prove_module,
+    prove_region,
+)
+from normsurgery.find.casts import cast_order
+from normsurgery.find.events import SAME_NUMBERS, Event, plain, schema_name
+from normsurgery.find.places import absorbable
+from normsurgery.find.position import call_site
+from normsurgery.find.proof import Proof
+from normsurgery.graph import ModuleCall, Op, Recording, Ref
+from normsurgery.survey import Site, Skip
+
+Key = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Tree:
+    """The user's modules: by their first path, and every path of each by `id`."""
+
+    modules: Mapping[str, nn.Module]
+    paths: Mapping[int, tuple[str, ...]]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Tree:
+        paths = all_paths(model)
+        return cls({paths[id(module)][0]: module for module in model.modules()}, paths)
+
+
+class Reader:
+    """Reads one recording. `typed` are the Sites known by class, by first path; `proofs` is a cache
+    that outlives it, since equal modules are proven once."""
+
+    def __init__(
+        self,
+        tree: Tree,
+        recording: Recording,
+        typed: Mapping[str, Site],
+        proofs: dict[Any, Proof | None],
+    ) -> None:
+        self.tree = tree
+        self.recording = recording
+        self.typed_sites = typed
+        self.proofs = proofs
+        self.skips: list[Skip] = []
+        self.readers = recording.readers()
+        self.calls: dict[int, list[ModuleCall]] = {}
+        for call in recording.module_calls:
+            self.calls.setdefault(id(call.module), []).append(call)
+        self.typed = {id(m) for m in recording.model.modules() if recording.path(m) in typed}
+
+    def sites(self) -> Iterator[tuple[Key, Site]]:
+        """Every norm that ran, under a key by which another recording's is known to be the same."""
+        events = sorted(
+            (*by_run.events(self.recording), *by_graph.events(self.recording)),
+            key=lambda event: event.ops or (0,),
+        )
+        yield from self._typed_modules(events)
+        free = [e for e in events if not any(id(f.module) in self.typed for f in e.frames)]
+        for group in groups(free):
+            yield from self._group(group, free)
+
+    # --- modules known by class ---------------------------------------------------------------
+
+    def _typed_modules(self, events: Sequence[Event]) -> Iterator[tuple[Key, Site]]:
+        for module in self.recording.model.modules():
+            if id(module) not in self.typed:
+                continue
+            path = self.recording.path(module)
+            calls = [c for c in self.calls.get(id(module), []) if _ends(c) is not None]
+            direct = [e for e in events if any(f.module is module for f in e.frames)]
+            if calls:
+                ends = [_ends(call) for call in calls]
+            else:  # called through `.forward`, which no hook sees
+                ends = [(event.input, event.output) for event in direct]
+            if not ends:
+                continue
+            site = self.typed_sites[path]
+            spots = [end for end in ends if end is not None]
+            constant = all(self.recording.values[start].constant for start, _ in spots)
+            attach: Literal["norm", "weight"] = "weight" if constant else "norm"
+            ends_in = absorbable(self.recording, self.readers, [end for _, end in spots])
+            if ends_in is not None and attach == "norm":
+                site = replace(site, settings={**site.settings, "activation_module": ends_in})
+            yield ("module", path), replace(site, attach=attach, **self._facts(spots))
+
+    def _facts(self, ends: Sequence[tuple[int, int]]) -> dict[str, Any]:
+        values = self.recording.values
+        shape = min((values[start].shape for start, _ in ends), key=prod)
+        start, _ = ends[0]
+        consumers = dict.fromkeys(name for _, end in ends for name in self._consumers(end))
+        return {
+            "calls": len(ends),
+            "shape": shape,
+            "dtype": dtype_name(values[start].tensor),
+            "producer": self._producer(start),
+            "consumers": tuple(consumers),
+        }
+
+    def _producer(self, value: int) -> str | None:
+        made_by = self.recording.values[plain(self.recording, value)].op
+        if made_by is None:
+            return self.recording.values[plain(self.recording, value)].name
+        return self._place(self.recording.ops[made_by])
+
+    def _consumers(self, value: int) -> list[str]:
+        found: list[str] = []
+        for op in self.readers.get(value, []):
+            if schema_name(op) in SAME_NUMBERS and op.outputs:
+                found.extend(self._consumers(op.outputs[0]))
+            else:
+                found.append(self._place(op) or schema_name(op))
+        return found
+
+    def _place(self, op: Op) -> str | None:
+        return self.recording.path(op.frames[0].module) if op.frames else None
+
+    # --- everything else ------------------------------------------------------------------------
+
+    def _group(self, group: Sequence[Event], events: Sequence[Event]) -> Iterator[tuple[Key, Site]]:
+        first = group[0]
+        owner = first.frames[0].module if first.frames else self.recording.model
+        if first.constant:
+            yield from self._weight(group, owner)
+            return
+        whole = self._whole_module(group, owner, events)
+        if whole is not None:
+            yield ("module", whole.path), whole
+            return
+        try:
+            site = self._expression(group, owner)
+        except NotProven as error:
+            if not first.frozen:
+                self._skip(first, owner, str(error))
+            return
+        yield ("call", site.path, site.call), site
+
+    def _skip(self, event: Event, owner: nn.Module, reason: str) -> None:
+        path = self.recording.path(owner)
+        span = event.frames[0].span if event.frames else None
+        line = f", line {span.line} of its forward" if span is not None else ""
+        skip = Skip(
+            path=path,
+            reason=f"it normalises ({type(owner).__name__}{line}), but {reason}",
+            hint="It is left as it is. Register a norm with this formula to have it recognised.",
+            kind=event.kind or "",
+        )
+        self.skips.append(skip)
+
+    def _original(self, module: nn.Module) -> nn.Module:
+        return self.tree.modules[self.recording.path(module)]
+
+    def _whole_module(
+        self, group: Sequence[Event], owner: nn.Module, events: Sequence[Event]
+    ) -> Site | None:
+        calls = self.calls.get(id(owner), [])
+        if not calls or isinstance(owner, fx.GraphModule):
+            return None
+        inside = [e for e in events if any(f.module is owner for f in e.frames)]
+        if len(inside) != len(calls):
+            return None
+        original = self._original(owner)
+        event = group[0]
+        proof = prove_module(self.recording, owner, original, calls, event, self.proofs)
+        if proof is None:
+            return None
+        path = self.recording.path(owner)
+        prefix = f"{path}." if path else ""
+        ends = [(self._given(call, event), call.output.value) for call in calls]
+        site = Site(
+            index=0,
+            kind=proof.kind,
+            paths=self.tree.paths[id(original)],
+            form="module",
+            class_name=type(original).__name__,
+            parameters={role: prefix + name for role, name in proof.reading.tensors.items()},
+            settings=cast_order(original, proof, self.recording.values[ends[0][0]].shape),
+            found_by="proof",
+            proof_error=proof.error,
+            notes=_hook_notes(original),
+        )
+        return replace(site, **self._facts(ends))
+
+    def _given(self, call: ModuleCall, event: Event) -> int:
+        """The argument of the call that is normalised: the first of the event's shape or any."""
+        given = (*call.args, *call.kwargs.values())
+        values = [leaf.value for leaf in given if isinstance(leaf, Ref)]
+        shape = self.recording.values[call.output.value].shape
+        return next((v for v in values if self.recording.values[v].shape == shape), values[0])
+
+    def _expression(self, group: Sequence[Event], owner: nn.Module) -> Site:
+        event = group[0]
+        if event.refusal:
+            raise NotProven(event.refusal)
+        if event.kind is not None:
+            return self._call(group, owner)
+        region = prove_region(self.recording, event, self.readers, owner)
+        proof = region.proof
+        site = self._call_site(group, owner, region.output, region.ops, region.input)
+        ends = [(region.input, region.output), *((e.input, e.output) for e in group[1:])]
+        return replace(
+            site,
+            kind=proof.kind,
+            form="formula",
+            parameters=dict(proof.reading.tensors),
+            settings=dict(proof.reading.settings),
+            found_by="proof",
+            proof_error=proof.error,
+            **self._facts(ends),
+        )
+
+    def _call(self, group: Sequence[Event], owner: nn.Module) -> Site:
+        event = group[0]
+        parameters = named_tensors(self.recording, event)
+        if any(named_tensors(self.recording, other) != parameters for other in group[1:]):
+            raise NotProven("this line normalises with different parameters each time it runs")
+        ops = tuple(self.recording.ops[index] for index in event.ops)
+        site = self._call_site(group, owner, event.output, ops, event.input)
+        return replace(
+            site,
+            kind=event.kind or "",
+            parameters={**parameters, **self._counter(parameters)},
+            settings=dict(event.settings or {}),
+            found_by="run",
+            **self._facts([(e.input, e.output) for e in group]),
+        )
+
+    def _counter(self, parameters: Mapping[str, str]) -> dict[str, str]:
+        """The batch counter that is kept beside running statistics, which no call is given."""
+        if "running_mean" not in parameters:
+            return {}
+        path = parameters["running_mean"].rpartition(".")[0]
+        buffers = self.recording.model.get_submodule(path).named_buffers(path, recurse=False)
+        counters = [n for n, b in buffers if b.dim() == 0 and not b.is_floating_point()]
+        return {"num_batches_tracked": counters[0]} if len(counters) == 1 else {}
+
+    def _call_site(
+        self,
+        group: Sequence[Event],
+        owner: nn.Module,
+        output: int,
+        ops: tuple[Op, ...],
+        start: int,
+    ) -> Site:
+        original = self._original(owner)
+        call = call_site(self.recording, original, owner, group[0], output, ops, start)
+        return Site(
+            index=0,
+            kind="",
+            paths=self.tree.paths[id(original)],
+            form="call",
+            class_name=type(original).__name__,
+            parameters={},
+            settings={},
+            call=call,
+            notes=_hook_notes(original),
+        )
+
+    def _weight(self, group: Sequence[Event], owner: nn.Module) -> Iterator[tuple[Key, Site]]:
+        """A norm of a weight: what the input is made of is a parameter."""
+        event = group[0]
+        name = self.recording.values[plain(self.recording, event.input)].name
+        kind = event.kind
+        if kind is None:
+            try:
+                kind = prove_region(self.recording, event, self.readers, owner).proof.kind
+            except NotProven:
+                return
+        if name is None:
+            return
+        original = self._original(owner)
+        settings = {"eps": (event.settings or {}).get("eps"), "channel_axis": 0}
+        shape = self.recording.values[event.input].shape
+        site = Site(
+            index=0,
+            kind=kind,
+            paths=self.tree.paths[id(original)],
+            form="call" if event.kind else "formula",
+            class_name=type(original).__name__,
+            parameters={"weight": name},
+            settings={**settings, "features": self.recording.values[event.input].shape[0]},
+            shape=shape,
+            dtype=dtype_name(self.recording.values[event.input].tensor),
+            calls=len(group),
+            attach="weight",
+            found_by="run" if event.kind else "proof",
+        )
+        yield ("weight", name), site
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """As `float32`."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _hook_notes(module: nn.Module) -> tuple[str, ...]:
+    # The graph of an exported program checks its inputs in a hook of torch's own.
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    if hooked and not isinstance(module, fx.GraphModule):
+        return ("a forward hook runs on this module as well",)
+    return ()
+
+
+def _ends(call: ModuleCall) -> tuple[int, int] | None:
+    given = [leaf for leaf in (*call.args, *call.kwargs.values()) if isinstance(leaf, Ref)]
+    if not given or not isinstance(call.output, Ref):
+        return None
+    return given[0].value, call.output.value
