@@ -1,0 +1,225 @@
+"""Carrying out a Plan on a model, in place: build everything, then edit, then say what moved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor, fx, nn
+
+from normsurgery.errors import CannotRewrite
+from normsurgery.plan import Plan, Step
+from normsurgery.spec import Source, get
+from normsurgery.surgery import fastpath
+from normsurgery.surgery.building import (
+    Built,
+    built_step,
+    came_from,
+    join,
+    moved_names,
+    note,
+    saved_names,
+)
+from normsurgery.surgery.inherit import inherit, inherit_tensors, tensor_in, tie
+from normsurgery.surgery.keymap import Entries, KeyMap, Move
+from normsurgery.surgery.owner import OwnerCall, Placement, reapply, rewrite_owner
+from normsurgery.surgery.owner.graphs import rewrite_graph_module
+from normsurgery.surgery.relation import tensors_in
+from normsurgery.surgery.source import module_at
+from normsurgery.surgery.tree import names_of, paths_of, replace_everywhere
+from normsurgery.survey import Skip
+
+Calls = Mapping[str, Sequence[OwnerCall]]
+
+
+@dataclass(frozen=True)
+class Applied:
+    """An edited model, the plan as it was carried out, and how state_dict keys moved."""
+
+    model: nn.Module
+    plan: Plan
+    keymap: KeyMap
+    notes: tuple[str, ...]
+    new_modules: tuple[nn.Module, ...]
+
+
+@dataclass
+class _Progress:
+    """What has been done so far, by position of the step in the plan."""
+
+    entries: Entries = field(default_factory=Entries)
+    done: dict[int, Built] = field(default_factory=dict)
+    refused: list[Skip] = field(default_factory=list)
+
+
+def apply(model: nn.Module, plan: Plan, calls: Calls | None) -> Applied:
+    """Edit `model` in place as `plan` says.
+
+    calls: recorded calls of each owner of a call or formula, by its path, to prove the rewritten
+        forward with; None: the plan was carried out before, and is only made again.
+
+    A call that cannot be rewritten becomes a Skip of the returned plan. Raises UsageError where the
+    plan is for another model, CannotConvert where a norm cannot be built; both before any edit.
+    """
+    paths = {
+        step.site.path: paths_of(model, module_at(model, step.site.path)) for step in plan.steps
+    }
+    built = [built_step(model, step, plan.init) for step in plan.steps]
+    progress = _Progress()
+    for owner_path in dict.fromkeys(s.site.path for s in plan.steps if s.site.form != "module"):
+        _rewrite(model, owner_path, paths[owner_path], built, calls, progress)
+    replaced = [item for item in built if item.step.site.form == "module"]
+    edited = fastpath.switch_off(
+        model, [item.old for item in replaced if item.step.action == "swap"]
+    )
+    for position, item in enumerate(built):
+        if item.step.site.form == "module":
+            model = _replace(model, position, item, paths[item.step.site.path], progress)
+    _restore_ties(model, list(progress.done.values()))
+    carried_out = _carried_out(plan, progress)
+    notes = tuple(
+        f"{path}: torch's fused encoder path is switched off, since it would not call the new norms"
+        for path in edited
+    )
+    keymap = _keymap(carried_out, progress)
+    new_modules = tuple(item.new for _, item in sorted(progress.done.items()))
+    return Applied(model, carried_out, keymap, notes, new_modules)
+
+
+def _rewrite(
+    model: nn.Module,
+    owner_path: str,
+    aliases: Sequence[str],
+    built: Sequence[Built],
+    calls: Calls | None,
+    progress: _Progress,
+) -> None:
+    """Rewrite one owner with all its norms; where that is impossible its steps become Skips."""
+    owner = module_at(model, owner_path)
+    items = {n: item for n, item in enumerate(built) if _is_call_of(item, owner_path)}
+    before = saved_names(owner)
+    for item in items.values():
+        inherit_tensors(item.source.tensors, owner, item.new, moved_names(item))
+    try:
+        names = _rewritten(
+            owner, list(items.values()), None if calls is None else calls.get(owner_path, ())
+        )
+    except CannotRewrite as error:
+        progress.refused += [cannot_rewrite(item.step, error) for item in items.values()]
+        return
+    after = saved_names(owner)
+    gone = before - after
+    for (position, item), name in zip(items.items(), names, strict=True):
+        progress.done[position] = item
+        gone -= note(position, item, aliases, progress.entries, f"{name}.", after)
+    progress.entries.dropped += [join(path, name) for path in aliases for name in sorted(gone)]
+
+
+def _rewritten(
+    owner: nn.Module, items: Sequence[Built], calls: Sequence[OwnerCall] | None
+) -> Sequence[str]:
+    """Rewrite the forward of one owner; returns the names of the new norms in it."""
+    if isinstance(owner, fx.GraphModule):
+        return rewrite_graph_module(owner, [(item.step.site, item.new) for item in items])
+    placements = [
+        Placement(item.step.site, item.step.child, item.new, item.source) for item in items
+    ]
+    if calls is None:
+        reapply(owner, placements)
+    else:
+        rewrite_owner(owner, placements, calls)
+    return [placement.name for placement in placements]
+
+
+def _is_call_of(item: Built, owner_path: str) -> bool:
+    return item.step.site.form != "module" and item.step.site.path == owner_path
+
+
+def cannot_rewrite(step: Step, error: CannotRewrite) -> Skip:
+    reason = f"its forward cannot be rewritten: {error.reason}"
+    return Skip(step.site.label, reason, "", step.site.kind)
+
+
+def _replace(
+    model: nn.Module,
+    position: int,
+    item: Built,
+    aliases: Sequence[str],
+    progress: _Progress,
+) -> nn.Module:
+    """Put the new module wherever the old one is bound; returns the root."""
+    before = saved_names(item.old)
+    if item.step.action == "swap":
+        inherit(item.source.tensors, item.old, item.new, moved_names(item))
+    model = replace_everywhere(model, item.old, item.new)
+    progress.done[position] = item
+    gone = before - note(position, item, aliases, progress.entries, "", set())
+    progress.entries.dropped += [join(path, name) for path in aliases for name in sorted(gone)]
+    for path, make in companions(item.step, item.source, item.new).items():
+        _replace_companion(model, path, make, progress.entries)
+    return model
+
+
+def companions(
+    step: Step, source: Source, new: nn.Module
+) -> Mapping[str, Callable[[nn.Module], nn.Module]]:
+    """What else a step replaces: path -> a function from the module there to the new one."""
+    conversion = get(step.to).conversion(step.site.kind)
+    if step.action == "copy" or conversion is None or conversion.companions is None:
+        return {}
+    return conversion.companions(source, new, step.options)
+
+
+def _replace_companion(
+    model: nn.Module,
+    path: str,
+    make: Callable[[nn.Module], nn.Module],
+    entries: Entries,
+) -> None:
+    """Replace a module that keeps its tensors, perhaps under other names."""
+    old = module_at(model, path)
+    aliases = paths_of(model, old)
+    before = {id(tensor): name for name, tensor in tensors_in(old).items()}
+    new = make(old)
+    if new is old:
+        return
+    replace_everywhere(model, old, new)
+    for name, tensor in tensors_in(new).items():
+        entries.moved += [
+            Move(join(alias, before[id(tensor)]), join(alias, name))
+            for alias in aliases
+            if id(tensor) in before
+        ]
+
+
+def _restore_ties(model: nn.Module, done: Sequence[Built]) -> None:
+    """Tensors that were one object before are one object again.
+
+    A new module may hold several tensors that came from one old one (an ensemble's members). They
+    stay apart: the first is the one that is tied to whatever the old tensor was tied to.
+    """
+    slots: dict[tuple[int, float, int], list[tuple[nn.Module, str]]] = {}
+    olds: dict[int, Tensor] = {}
+    for item in done:
+        for old, offset, copies in came_from(item):
+            olds[id(old)] = old
+            for rank, names in enumerate(copies):
+                places = slots.setdefault((id(old), offset, rank), [])
+                places += [(item.new, name) for name in names]
+    for (identity, offset, rank), places in slots.items():
+        stays = offset == 0.0 and rank == 0 and bool(names_of(model, olds[identity]))
+        if stays or len(places) > 1:
+            tie(places, olds[identity] if stays else tensor_in(*places[0]))
+
+
+def _carried_out(plan: Plan, progress: _Progress) -> Plan:
+    steps = tuple(plan.steps[position] for position in sorted(progress.done))
+    return replace(plan, steps=steps, skips=(*progress.refused, *plan.skips))
+
+
+def _keymap(carried_out: Plan, progress: _Progress) -> KeyMap:
+    """The key map, its step numbers counting in the plan as it was carried out."""
+    numbers = {position: number for number, position in enumerate(sorted(progress.done))}
+    entries = progress.entries
+    entries.made = [replace(made, step=numbers[made.step]) for made in entries.made]
+    return entries.keymap(carried_out)

@@ -1,0 +1,80 @@
+"""Rewriting the one forward that holds a norm as a call or a formula.
+
+The smallest incision: the owner keeps its class (a subclass of it, on that one instance), its
+methods, attributes and hooks; only the norm's expression becomes `self.<name>(...)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from normsurgery.errors import CannotRewrite
+from normsurgery.surgery.owner import fx, source
+from normsurgery.surgery.owner.install import install, is_rewritten, original_class, restore
+from normsurgery.surgery.owner.proof import prove
+from normsurgery.surgery.owner.rewriting import OwnerCall, Placement, Rewriting
+
+__all__ = [
+    "CannotRewrite",
+    "OwnerCall",
+    "Placement",
+    "Rewriting",
+    "is_rewritten",
+    "original_class",
+    "reapply",
+    "restore",
+    "rewrite_owner",
+]
+
+
+def rewrite_owner(
+    owner: nn.Module, placements: Sequence[Placement], calls: Sequence[OwnerCall]
+) -> Rewriting:
+    """Put each placement's module in the place of its call or formula, editing `owner` in place.
+
+    By fx first, where that is exactly faithful, else in the source of its forward; either is
+    accepted only if, with the norms swapped to themselves, it does on the recorded `calls` what
+    the owner does, in train and in eval mode. The tensors that the new norms take over leave the
+    owner (`Rewriting.moved`), those that other code reads stay (`Rewriting.kept`).
+
+    Raises CannotRewrite, and then `owner` is as it was.
+    """
+
+    def accepted(way: Callable[[nn.Module, Sequence[Placement]], Rewriting]) -> Rewriting:
+        found = way(owner, placements)
+        prove(owner, found, placements, calls)
+        return found
+
+    return _install_first(owner, placements, (fx.rewriting, source.rewriting), accepted)
+
+
+def reapply(owner: nn.Module, placements: Sequence[Placement]) -> Rewriting:
+    """Make a rewrite again that was accepted before, on the original class, without any call.
+
+    Raises CannotRewrite where the forward's source is not the one the sites speak of.
+    """
+    ways = (source.rewriting, fx.rewriting)
+    return _install_first(owner, placements, ways, lambda way: way(owner, placements))
+
+
+Way = Callable[[nn.Module, Sequence[Placement]], Rewriting]
+
+
+def _install_first(
+    owner: nn.Module,
+    placements: Sequence[Placement],
+    ways: Sequence[Way],
+    make: Callable[[Way], Rewriting],
+) -> Rewriting:
+    reasons: dict[str, None] = {}
+    for way in ways:
+        try:
+            rewriting = make(way)
+            install(owner, rewriting, {p.name: p.module for p in placements})
+        except CannotRewrite as refusal:
+            reasons[refusal.reason] = None
+        else:
+            return rewriting
+    raise CannotRewrite("; ".join(reasons))

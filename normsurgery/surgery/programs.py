@@ -1,0 +1,68 @@
+"""Exported programs: the graph itself is rewritten, and a program comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch.export import ExportedProgram
+
+from normsurgery.errors import CannotRewrite, UsageError
+from normsurgery.plan import Plan
+from normsurgery.surgery.building import Built, built_step, note
+from normsurgery.surgery.keymap import Entries, KeyMap
+from normsurgery.surgery.owner.graphs import rewrite_exported
+from normsurgery.survey import Skip
+
+
+@dataclass(frozen=True)
+class AppliedToProgram:
+    """A new program, the plan as it was carried out, and how state_dict keys moved."""
+
+    program: ExportedProgram
+    plan: Plan
+    keymap: KeyMap
+
+
+def apply_to_program(program: ExportedProgram, plan: Plan) -> AppliedToProgram:
+    """A new program with the norms of `plan` in it; dynamic shapes stay dynamic.
+
+    A norm that cannot be rewritten becomes a Skip of the returned plan; `program` is unchanged.
+    Raises UsageError where none can.
+    """
+    module = program.module()
+    built = [built_step(module, step, plan.init) for step in plan.steps]
+    refused = _refused(program, built)
+    done = [item for item in built if item.step.site.label not in refused]
+    if not done:
+        reasons = "; ".join(f"{label}: {skip.reason}" for label, skip in refused.items())
+        raise UsageError(f"every selected site of the exported program is refused: {reasons}.")
+    changed = rewrite_exported(program, [(item.step.site, item.new) for item in done])
+    carried_out = replace(
+        plan, steps=tuple(item.step for item in done), skips=(*refused.values(), *plan.skips)
+    )
+    return AppliedToProgram(changed, carried_out, _keymap(program, changed, done, carried_out))
+
+
+def _refused(program: ExportedProgram, built: Sequence[Built]) -> dict[str, Skip]:
+    """The sites that cannot be rewritten, each tried alone, by label."""
+    refused: dict[str, Skip] = {}
+    for item in built:
+        site = item.step.site
+        try:
+            rewrite_exported(program, [(site, item.new)])
+        except CannotRewrite as error:
+            reason = f"the program cannot be rewritten: {error.reason}"
+            refused[site.label] = Skip(site.label, reason, "", site.kind)
+    return refused
+
+
+def _keymap(
+    old: ExportedProgram, new: ExportedProgram, done: Sequence[Built], plan: Plan
+) -> KeyMap:
+    entries = Entries()
+    left = set(old.state_dict) - set(new.state_dict)
+    for position, item in enumerate(done):
+        left -= note(position, item, ("",), entries, f"{item.step.child}.", set(new.state_dict))
+    entries.dropped += sorted(left)
+    return entries.keymap(plan)

@@ -1,0 +1,95 @@
+"""Making a swapped structure again: on a fresh model, and around a file that holds no code."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import fx, nn
+
+from normsurgery.errors import CannotRead, CannotRewrite, UsageError
+from normsurgery.plan import Plan, Step
+from normsurgery.surgery.application import apply
+from normsurgery.surgery.owner import Placement, is_rewritten, reapply, restore
+from normsurgery.surgery.source import module_at
+from normsurgery.treecopy import tree_copy
+
+if TYPE_CHECKING:
+    from normsurgery.report import Report
+
+
+def rebuild(model: nn.Module, plan: Plan | Report) -> nn.Module:
+    """Make the swapped structure again on a fresh model, before `load_state_dict`.
+
+    Needs no inputs and no weights: `model` may be on the meta device. It is edited in place and
+    returned (a model that is itself a norm comes back as the new module). Raises UsageError where
+    the model is not the one the plan was made for, CannotRead where a forward that was rewritten
+    is written differently now.
+    """
+    made = plan if isinstance(plan, Plan) else plan.plan
+    _check_model(model, made)
+    applied = apply(model, made, None)
+    if len(applied.plan.steps) < len(made.steps):
+        refused = applied.plan.skips[0]
+        raise CannotRead(
+            f"{refused.path} of {made.model} cannot be made again: {refused.reason}. The plan was "
+            f"made with {_versions(made)}; use these versions, or swap the original model again."
+        )
+    return applied.model
+
+
+def restore_originals(model: nn.Module) -> nn.Module:
+    """A copy of a swapped model in which every rewritten owner has its original class again.
+
+    Its tensors are shared with `model`. It can be pickled, and does not run: the old forwards look
+    for tensors that have moved. `restore_rewrites` makes it run again.
+    """
+    copied = tree_copy(model)
+    for module in copied.modules():
+        if is_rewritten(module):
+            restore(module)
+    return copied
+
+
+def restore_rewrites(model: nn.Module, plan: Plan | Report) -> nn.Module:
+    """Rewrite the forwards of a model that `restore_originals` made, in place; returns the model.
+
+    Raises CannotRead where a forward is written differently than when the plan was made.
+    """
+    made = plan if isinstance(plan, Plan) else plan.plan
+    calls = [step for step in made.steps if step.site.form != "module"]
+    for path in dict.fromkeys(step.site.path for step in calls):
+        owner = module_at(model, path)
+        if isinstance(owner, fx.GraphModule):
+            continue  # its graph is saved as it is
+        steps = [step for step in calls if step.site.path == path]
+        placements = [Placement(step.site, step.child, _taken(owner, step)) for step in steps]
+        try:
+            reapply(owner, placements)
+        except CannotRewrite as error:
+            raise CannotRead(
+                f"the forward of {path or made.model} cannot be rewritten as it was: "
+                f"{error.reason}. The plan was made with {_versions(made)}."
+            ) from error
+    return model
+
+
+def _taken(owner: nn.Module, step: Step) -> nn.Module:
+    child = owner._modules.pop(step.child, None)
+    if child is None:
+        raise CannotRead(
+            f"{step.site.path or 'the model itself'} has no module {step.child!r} for its "
+            "rewritten norm. The file is not the one its plan speaks of."
+        )
+    return child
+
+
+def _check_model(model: nn.Module, plan: Plan) -> None:
+    if type(model).__name__ != plan.model:
+        raise UsageError(
+            f"the plan was made for a {plan.model}, and this is a {type(model).__name__}. "
+            "Build the same model again."
+        )
+
+
+def _versions(plan: Plan) -> str:
+    return ", ".join(f"{name} {version}" for name, version in plan.versions.items())

@@ -1,0 +1,94 @@
+"""The module tree: every place that binds a module, and replacing it at each of them."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+REGISTRIES = ("_modules", "_parameters", "_buffers")
+
+
+def bindings(model: nn.Module, wanted: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Every (parent, name) that registers `wanted`, aliases and containers included."""
+    return [
+        (parent, name)
+        for parent in model.modules()
+        for name, child in parent._modules.items()
+        if child is wanted
+    ]
+
+
+def paths_of(model: nn.Module, wanted: nn.Module) -> list[str]:
+    """Every path that reaches `wanted`, through every alias of every parent; "" is the model."""
+    return [
+        path for path, module in model.named_modules(remove_duplicate=False) if module is wanted
+    ]
+
+
+def names_of(model: nn.Module, wanted: Tensor) -> list[str]:
+    """Every name of a parameter or buffer, through every alias."""
+    named = (
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    )
+    return [name for name, tensor in named if tensor is wanted]
+
+
+def replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+    """Bind `new` wherever `old` is registered, in its position; returns the (new) root."""
+    for parent, name in bindings(model, old):
+        parent._modules[name] = new
+    return new if model is old else model
+
+
+def held_elsewhere(model: nn.Module, wanted: nn.Module) -> str | None:
+    """Where `wanted` is held outside the module tree (a plain list, a partial, a bound method).
+
+    A replacement in the tree would not reach such a reference, and the forward may go on using it.
+    """
+    for path, module in model.named_modules():
+        if module is wanted:
+            continue
+        for name, value in vars(module).items():
+            if name not in REGISTRIES and _holds(value, wanted):
+                return f"{path}.{name}" if path else name
+    return None
+
+
+def _holds(value: Any, wanted: nn.Module) -> bool:
+    seen: set[int] = set()
+    open_values = deque([value])
+    while open_values:
+        current = open_values.popleft()
+        if current is wanted:
+            return True
+        if id(current) in seen:
+            continue
+        seen.add(id(current))
+        open_values.extend(_parts(current))
+    return False
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    if isinstance(value, Mapping):
+        yield from value.values()
+    elif isinstance(value, (list, tuple, set, frozenset, deque)):
+        yield from value
+    elif isinstance(value, functools.partial):
+        yield from (value.func, *value.args, *value.keywords.values())
+    elif isinstance(value, types.MethodType):
+        yield value.__self__
+    elif isinstance(value, types.FunctionType):
+        yield from (cell.cell_contents for cell in value.__closure__ or () if _filled(cell))
+
+
+def _filled(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:  # an empty cell
+        return False
