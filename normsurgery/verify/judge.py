@@ -1,0 +1,298 @@
+"""What "equal" means: the one place with tolerances.
+
+A result in low precision is right if it is no farther from the float64 truth than native torch in
+the same precision is. Fixed tolerances cannot say that: they pass real faults where a model is well
+conditioned and fail correct models where it is not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NATIVE_FACTOR = 4  # times the error of native torch
+FREE_ULPS = 8  # plus so many ulp of max|reference|
+POOR_ULPS = 100  # a native run farther off than this says nothing about anybody else
+FLOAT64_RELATIVE = 1e-10  # a float64 result has no more exact truth: two formulas agree to this
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One tensor, judged.
+
+    passed: True, False, or None: UNDECIDED, the native run itself is too far from the truth.
+    max_error: largest |candidate - reference| where both are finite; `ulps` is the same in units in
+        the last place (of the type the model computes in) of `scale`, which is max|reference|.
+    allowed: the largest `max_error` that passes. It is also what `factor` counts in: the smallest
+        multiple of `allowed` that would pass (at most 1 where `passed`).
+    worst: index of the largest error, or of the first value that is finite, NaN, +Inf or -Inf on
+        one side only; `worst_candidate` and `worst_reference` are the two values there.
+    nonfinite: how many positions differ, by set: "nan", "+inf", "-inf".
+    same_bits: the candidate is bitwise what native torch computed.
+    """
+
+    passed: bool | None
+    reason: str
+    compared: int = 0
+    max_error: float = math.nan
+    ulps: float = math.nan
+    scale: float = math.nan
+    allowed: float = math.nan
+    factor: float = math.inf
+    native_error: float | None = None
+    worst: tuple[int, ...] | None = None
+    worst_candidate: float = math.nan
+    worst_reference: float = math.nan
+    nonfinite: Mapping[str, int] | None = None
+    same_bits: bool = False
+
+    @property
+    def word(self) -> str:
+        return {True: "passed", False: "failed", None: "undecided"}[self.passed]
+
+    @property
+    def holds(self) -> bool:
+        """Passed, or undecided about the truth but bit for bit what the original computes."""
+        return self.passed is True or (self.passed is None and self.same_bits)
+
+    def __str__(self) -> str:
+        if math.isnan(self.max_error):
+            return f"{self.word}: {self.reason}"
+        text = (
+            f"{self.word}: error {self.max_error:.3g} ({self.ulps:.3g} ulp), allowed "
+            f"{self.allowed:.3g}, smallest factor that passes {self.factor:.3g}"
+        )
+        if self.worst is not None:
+            values = f"{self.worst_candidate:.9g}, reference {self.worst_reference:.9g}"
+            text += f"; worst at {list(self.worst)}: {values}"
+        return f"{text}; {self.reason}" if self.reason else text
+
+
+def judge(
+    candidate: Tensor,
+    reference: Tensor,
+    native: Tensor | None = None,
+    rounded: Tensor | None = None,
+    precision: torch.dtype | None = None,
+) -> Verdict:
+    """Is `candidate` as close to the float64 `reference` as `native` torch is?
+
+    Args:
+        candidate: any shape, any dtype; the result under test.
+        reference: same shape, float64 (complex128; any integer dtype where candidate is one).
+        native: same shape and dtype as candidate: what torch computes by the original formula in
+            that dtype. None: nothing but rounding is allowed.
+        rounded: the reference again, its inputs and weights moved by one rounding of float32. What
+            that alone moves, no float32 algorithm can be blamed for, and native torch may be spared
+            it by luck: the mean of a constant row may come out exact in one order of summation.
+        precision: the type the model computes in, if that is coarser than what the result was cast
+            to: a bf16 language model may well return float32 logits. An ulp is counted in it.
+
+    Passes iff the sets of NaN, +Inf and -Inf are the same and
+    `max|candidate - reference| <= 4 max|native - reference| + 8 ulp(max|reference|)`, with rounded
+    in place of native where it is farther off. UNDECIDED where the error of native (or of rounded,
+    while the candidate is finite where the reference is) is not finite or above 100 ulp. A float64
+    candidate passes at 1e-10 of max|reference|. Integers and booleans must equal the reference's or
+    the native value at each position. A different shape or dtype fails; shapes are never broadcast.
+    """
+    fault = _structural_fault(candidate, reference, native)
+    if fault:
+        return Verdict(False, fault)
+    if candidate.numel() == 0:
+        return Verdict(None, "empty: nothing was compared")
+    candidate, reference = _plain(candidate), _plain(reference)
+    native = None if native is None else _plain(native)
+    if not candidate.is_floating_point():
+        return _judge_exact(candidate, reference, native)
+    rounded = None if rounded is None else _plain(rounded)
+    dtype = coarsest([candidate.dtype, *([] if precision is None else [precision])])
+    return _judge_floating(candidate, reference, native, rounded, dtype)
+
+
+def unchanged(candidate: Tensor, native: Tensor) -> Verdict | None:
+    """The verdict where the candidate is bit for bit what the original computes, else None.
+
+    It needs no float64 truth: the errors it tells are against the original.
+    """
+    if candidate.numel() == 0 or not same_bits(candidate, native):
+        return None
+    return Verdict(
+        passed=True,
+        reason="bit for bit what the original computes",
+        compared=candidate.numel(),
+        max_error=0.0,
+        ulps=0.0,
+        allowed=0.0,
+        factor=0.0,
+        same_bits=True,
+    )
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal in shape, dtype and every bit that counts: NaN equals NaN, -0.0 is not 0.0."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    a, b = _plain(a), _plain(b)
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    same = (a == b) & (torch.signbit(a) == torch.signbit(b))
+    return bool((same | (a.isnan() & b.isnan())).all())
+
+
+def ulp(scale: float, dtype: torch.dtype) -> float:
+    """The distance from `scale` to the next number of `dtype`; of zero: the smallest subnormal."""
+    info = torch.finfo(dtype)
+    smallest = info.smallest_normal * info.eps
+    if scale < info.smallest_normal:
+        return smallest
+    return max(math.ldexp(info.eps, math.frexp(scale)[1] - 1), smallest)
+
+
+def coarsest(dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    """The floating type with the fewest digits. Raises ValueError if there is none."""
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def _structural_fault(candidate: Tensor, reference: Tensor, native: Tensor | None) -> str:
+    if candidate.shape != reference.shape:
+        return f"shape {tuple(candidate.shape)} instead of {tuple(reference.shape)}"
+    if native is not None and native.shape != candidate.shape:
+        return f"shape {tuple(candidate.shape)} instead of {tuple(native.shape)}"
+    if native is not None and native.dtype != candidate.dtype:
+        return f"dtype {candidate.dtype} instead of {native.dtype}"
+    kinds = [_kind(tensor) for tensor in (candidate, reference)]
+    if kinds[0] != kinds[1]:
+        return f"dtype {candidate.dtype} where the reference has {reference.dtype}"
+    if kinds[1] != "integer" and reference.dtype not in (torch.float64, torch.complex128):
+        return f"the reference is {reference.dtype}, not float64"
+    return ""
+
+
+def _kind(tensor: Tensor) -> str:
+    if tensor.is_complex():
+        return "complex"
+    return "floating" if tensor.is_floating_point() else "integer"
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().cpu()
+    if tensor.is_sparse:
+        tensor = tensor.to_dense()
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def _judge_exact(candidate: Tensor, reference: Tensor, native: Tensor | None) -> Verdict:
+    wrong = candidate != reference
+    if native is not None:
+        wrong &= candidate != native
+    bits = native is not None and torch.equal(candidate, native)
+    difference = (candidate.double() - reference.double()).abs() * wrong
+    error = float(difference.max())
+    passed = not bool(wrong.any())
+    worst = None if passed else _index(int(wrong.flatten().int().argmax()), wrong.shape)
+    return Verdict(
+        passed=passed,
+        reason="" if passed else f"{int(wrong.sum())} of {wrong.numel()} integers differ",
+        compared=candidate.numel(),
+        max_error=error,
+        ulps=error,
+        scale=float(reference.double().abs().max()),
+        allowed=0.0,
+        factor=0.0 if passed else math.inf,
+        worst=worst,
+        worst_candidate=math.nan if worst is None else float(candidate[worst]),
+        worst_reference=math.nan if worst is None else float(reference[worst]),
+        same_bits=bits,
+    )
+
+
+def _judge_floating(
+    candidate: Tensor,
+    reference: Tensor,
+    native: Tensor | None,
+    rounded: Tensor | None,
+    dtype: torch.dtype,
+) -> Verdict:
+    bits = native is not None and same_bits(candidate, native)
+    finite = reference.isfinite()
+    scale = float(torch.where(finite, reference.abs(), 0.0).max())
+    unit = ulp(scale, dtype)
+    native_error = None if native is None else _error(native, reference)
+    spared = 0.0 if rounded is None else _error(rounded, reference)
+    allowed = _allowed(dtype, scale, unit, max(native_error or 0.0, spared))
+    sets = _nonfinite_sets(candidate, reference)
+    differing = _first_set_difference(candidate, reference) if any(sets.values()) else None
+    difference = torch.where(
+        finite & candidate.isfinite(), (candidate.double() - reference).abs(), 0.0
+    )
+    error = float(difference.max())
+    worst = differing
+    if worst is None:
+        worst = _index(int(difference.flatten().argmax()), difference.shape)
+    facts: dict[str, Any] = {
+        "compared": candidate.numel(),
+        "max_error": error,
+        "ulps": error / unit,
+        "scale": scale,
+        "allowed": allowed,
+        "factor": math.inf if differing is not None else error / allowed,
+        "native_error": native_error,
+        "worst": worst,
+        "worst_candidate": float(candidate[worst]),
+        "worst_reference": float(reference[worst]),
+        "nonfinite": sets,
+        "same_bits": bits,
+    }
+    if dtype is not torch.float64 and _is_poor(native_error or 0.0, unit):
+        reason = f"native torch itself is {(native_error or 0.0) / unit:.3g} ulp off"
+        return Verdict(None, f"reference poor, device risk: {reason}", **facts)
+    if differing is not None:
+        counts = ", ".join(f"{count} {name}" for name, count in sets.items() if count)
+        return Verdict(False, f"not finite on one side only: {counts}", **facts)
+    if dtype is not torch.float64 and _is_poor(spared, unit):
+        reason = f"one rounding of the input moves the truth by {spared / unit:.3g} ulp"
+        return Verdict(None, f"ill-conditioned: {reason}", **facts)
+    return Verdict(error <= allowed, "", **facts)
+
+
+def _allowed(dtype: torch.dtype, scale: float, unit: float, native_error: float) -> float:
+    rounding = FREE_ULPS * unit
+    if dtype is torch.float64:
+        return max(FLOAT64_RELATIVE * scale, rounding)
+    return NATIVE_FACTOR * native_error + rounding
+
+
+def _is_poor(error: float, unit: float) -> bool:
+    return not error <= POOR_ULPS * unit
+
+
+def _error(values: Tensor, reference: Tensor) -> float:
+    """Largest error; infinite where the sets of NaN, +Inf and -Inf differ."""
+    if any(_nonfinite_sets(values, reference).values()):
+        return math.inf
+    difference = (values.double() - reference).abs()
+    return float(torch.where(reference.isfinite(), difference, 0.0).max())
+
+
+def _nonfinite_sets(a: Tensor, b: Tensor) -> dict[str, int]:
+    return {
+        "nan": int((a.isnan() != b.isnan()).sum()),
+        "+inf": int((a.isposinf() != b.isposinf()).sum()),
+        "-inf": int((a.isneginf() != b.isneginf()).sum()),
+    }
+
+
+def _first_set_difference(a: Tensor, b: Tensor) -> tuple[int, ...]:
+    differs = (
+        (a.isnan() != b.isnan()) | (a.isposinf() != b.isposinf()) | (a.isneginf() != b.isneginf())
+    )
+    return _index(int(differs.flatten().int().argmax()), differs.shape)
+
+
+def _index(flat: int, shape: torch.Size) -> tuple[int, ...]:
+    return tuple(int(position) for position in torch.unravel_index(torch.tensor(flat), shape))

@@ -1,0 +1,209 @@
+"""Ways to run a model: float64 truth, native torch on the CPU and on CUDA.
+
+Every run works on a clone of the model and of its inputs, in a mode of its own, from the same
+random state; nothing of the user's is touched.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from normsurgery.errors import UnknownName
+from normsurgery.inputs import Inputs, flatten_outputs
+from normsurgery.precision import float64_copy, lifted
+from normsurgery.treecopy import tree_copy
+from normsurgery.verify.evidence import Mode
+
+RUNNERS = ("cpu", "cuda")
+Recording = Literal["plain", "grad", "backward"]
+FLOAT32_ROUNDING = torch.finfo(torch.float32).eps / 2
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run gave: tensors by name; on the CPU, detached.
+
+    statistics: every buffer after the run, under each of its names. gradients: of the inputs
+    ("input 0") and of the parameters under each name (zeros where the output does not depend on
+    one), or empty for a run without gradients.
+    """
+
+    outputs: Mapping[str, Tensor]
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
+    gradients: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def is_finite(self) -> bool:
+        return all(bool(t.isfinite().all()) for t in self.outputs.values() if _is_floating(t))
+
+
+def missing_runner(runner: str) -> str:
+    """Why this machine cannot run it, or "". Raises UnknownName."""
+    if runner not in RUNNERS:
+        raise UnknownName("runner", runner, RUNNERS)
+    if runner == "cuda" and not torch.cuda.is_available():
+        return "this machine has no CUDA device that torch can use"
+    return ""
+
+
+def run_native(
+    model: nn.Module,
+    inputs: Inputs,
+    mode: Mode,
+    *,
+    seed: int,
+    device: str = "cpu",
+    recording: Recording = "plain",
+) -> Run:
+    """One run of a clone of `model`, in its own dtype, on `device`.
+
+    recording: "plain" is under no_grad with no mode and no hook active; "grad" builds the autograd
+        graph; "backward" runs backward as well.
+    """
+    clone = tree_copy(model, clone=True).to(device)
+    return _run(clone, fresh(inputs, device), mode, seed, recording)
+
+
+def run_float64(
+    model: nn.Module,
+    inputs: Inputs,
+    mode: Mode,
+    *,
+    seed: int,
+    recording: Recording = "plain",
+    rounded: bool = False,
+) -> Run:
+    """The truth: `model` with exactly its rounded weights, computed in float64 throughout.
+
+    rounded: move every floating input, parameter and buffer by one rounding of float32, up or down
+        at random, which shows how well conditioned the truth is.
+
+    Raises NotFloat64 where an operation insists on a lower type, and whatever the model raises.
+    """
+    clone = float64_copy(model).cpu()
+    use_plain_experts(clone)
+    given = _mapped_floats(fresh(inputs, "cpu"), Tensor.double)
+    if rounded:
+        generator = torch.Generator().manual_seed(seed)
+        given = _mapped_floats(given, lambda tensor: _rounded(tensor, generator))
+        with torch.no_grad():
+            for tensor in (*clone.parameters(), *clone.buffers()):
+                if tensor.is_floating_point():
+                    tensor.copy_(_rounded(tensor, generator))
+    with lifted():
+        return _run(clone, given, mode, seed, recording)
+
+
+def _rounded(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    signs = torch.randint(0, 2, tensor.shape, generator=generator) * 2 - 1
+    return tensor * (1 + signs * FLOAT32_ROUNDING)
+
+
+def fresh(inputs: Inputs, device: str | torch.device | None = None) -> Inputs:
+    """The inputs with every tensor cloned (a model may work in place), on `device` if given."""
+
+    def clone(value: Any) -> Any:
+        return value.detach().clone().to(device) if isinstance(value, Tensor) else value
+
+    args, kwargs = tree_map(clone, (inputs.args, dict(inputs.kwargs)))
+    return Inputs(args, kwargs, inputs.spelling)
+
+
+def use_plain_experts(model: nn.Module) -> None:
+    """Mixtures of experts in transformers default to grouped kernels that have no float64."""
+    choose = getattr(model, "set_experts_implementation", None)
+    if choose is not None and hasattr(getattr(model, "config", None), "_experts_implementation"):
+        choose("eager")
+
+
+def set_mode(model: nn.Module, mode: Mode) -> None:
+    """Raises NotImplementedError for the train mode of a model that has one mode only."""
+    try:
+        model.train(mode == "train")
+    except NotImplementedError:  # an exported program is traced in eval mode, and stays there
+        if mode == "train":
+            raise
+
+
+@contextmanager
+def same_randomness(seed: int) -> Iterator[None]:
+    """torch, numpy and random all start from `seed`, and are put back afterwards."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
+
+def _run(model: nn.Module, inputs: Inputs, mode: Mode, seed: int, recording: Recording) -> Run:
+    set_mode(model, mode)
+    leaves: list[Tensor] = []
+    with same_randomness(seed), torch.set_grad_enabled(recording != "plain"):
+        given = _with_gradients(inputs, leaves) if recording == "backward" else inputs
+        outputs = flatten_outputs(given.call(model))
+        found = {}
+        if recording == "backward":
+            found = _gradients(model, leaves, list(outputs.values()), seed)
+    statistics = {name: _kept(b) for name, b in model.named_buffers(remove_duplicate=False)}
+    return Run({name: _kept(t) for name, t in outputs.items()}, statistics, found)
+
+
+def _with_gradients(inputs: Inputs, leaves: list[Tensor]) -> Inputs:
+    """Floating inputs as leaves; the model gets a clone, so that it may work in place."""
+
+    def leaf(value: Tensor) -> Tensor:
+        leaves.append(value.detach().requires_grad_(True))
+        return leaves[-1].clone()
+
+    return _mapped_floats(inputs, leaf)
+
+
+def _gradients(
+    model: nn.Module, leaves: Sequence[Tensor], outputs: Sequence[Tensor], seed: int
+) -> dict[str, Tensor]:
+    """d(sum of outputs times fixed cotangents)/d(every input and every parameter)."""
+    wanted = {f"input {index}": leaf for index, leaf in enumerate(leaves)}
+    parameters = model.named_parameters(remove_duplicate=False)
+    wanted |= {name: p for name, p in parameters if p.requires_grad}
+    ends = [t for t in outputs if _is_floating(t) and t.requires_grad]
+    if not ends or not wanted:
+        return {}
+    cotangents = [_cotangent(t, seed + index) for index, t in enumerate(ends)]
+    values = torch.autograd.grad(ends, list(wanted.values()), cotangents, materialize_grads=True)
+    return {name: _kept(gradient) for name, gradient in zip(wanted, values, strict=True)}
+
+
+def _cotangent(output: Tensor, seed: int) -> Tensor:
+    """Multiples of 1/8 in (-1, 1): the same numbers in every dtype and on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    eighths = torch.randint(-7, 8, output.shape, generator=generator)
+    return eighths.to(device=output.device, dtype=output.dtype) / 8
+
+
+def _mapped_floats(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
+    def one(value: Any) -> Any:
+        return change(value) if _is_floating(value) else value
+
+    args, kwargs = tree_map(one, (inputs.args, dict(inputs.kwargs)))
+    return Inputs(args, kwargs)
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().clone()
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
