@@ -1,0 +1,197 @@
+"""The command line: one short function per verb, which parses, calls the verb and renders."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+import typer
+
+from . import options as o
+from . import render
+from .opening import batches, example_inputs, named_values, open_model, open_pair, output_path
+from .session import one_sentence_errors, progress
+
+app = typer.Typer(
+    name="normsurgery",
+    help="Find, swap and verify the normalization layers of a trained PyTorch model.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+@app.command()
+def find(
+    model: o.Model,
+    inputs: o.Inputs = None,
+    attach: o.Attach = "norm",
+    arguments: o.Arg = None,
+    weights: o.Weights = None,
+    trust: o.Trust = None,
+    as_json: o.AsJson = False,
+    debug: o.Debug = False,
+) -> None:
+    """List every normalization of MODEL.
+
+    Modules, functional calls, and formulas written out in a forward, each with how it is known;
+    and what looks like one and could not be proven, with the reason.
+    """
+    with one_sentence_errors(debug):
+        import normsurgery as ns
+
+        loaded = open_model(model, arguments, weights, trust, meta=True)
+        example = example_inputs(inputs, loaded.model)
+        with progress("finding the norms"):
+            survey = ns.find(loaded.model, example, attach=attach)
+        render.survey(survey, as_json)
+
+
+@app.command()
+def swap(
+    model: o.Model,
+    to: o.To = None,
+    rules: o.Rules = None,
+    plan: o.Plan = None,
+    kind: o.Kind = None,
+    only: o.Only = None,
+    exclude: o.Exclude = None,
+    options: o.Options = None,
+    init: o.Init = "copy",
+    require: o.Require = None,
+    calibrate: o.Calibrate = None,
+    inputs: o.Inputs = None,
+    dry_run: o.DryRun = False,
+    save_plan: o.SavePlan = None,
+    out: o.Out = None,
+    force: o.Force = False,
+    arguments: o.Arg = None,
+    weights: o.Weights = None,
+    trust: o.Trust = None,
+    as_json: o.AsJson = False,
+    debug: o.Debug = False,
+) -> None:
+    """Replace normalizations of MODEL.
+
+    The new model is written beside the old one, with a report of what was promised and measured.
+    """
+    with one_sentence_errors(debug):
+        import normsurgery as ns
+
+        from . import swapping
+
+        loaded = open_model(model, arguments, weights, trust)
+        target = output_path(loaded, to, out, force=force or dry_run)
+        example = example_inputs(inputs, loaded.model)
+        wanted: dict[str, Any] = {
+            "rules": rules or (),
+            "kind": kind,
+            "only": only or (),
+            "exclude": exclude or (),
+            "options": named_values(options),
+            "init": init,
+            "require": require,
+        }
+        if dry_run:
+            made = swapping.planned(loaded.model, to, plan, example, **wanted)
+            swapping.keep_plan(made, save_plan)
+            return render.plan(made, as_json)
+        given: Any = loaded.model
+        with progress("swapping the norms and measuring what was promised"):
+            changed, report = ns.swap(
+                given,
+                to,
+                plan=ns.Plan.load(plan) if plan else None,
+                calibrate=batches(calibrate),
+                inputs=example,
+                **wanted,
+            )
+        swapping.keep_plan(report.plan, save_plan)
+        written = swapping.save(loaded, changed, report, target, force=force)
+        following = swapping.next_command(loaded, written, named_values(arguments))
+        render.report(report, as_json, written, following)
+        raise typer.Exit(report.exit_code)
+
+
+@app.command()
+def verify(
+    a: o.ModelA,
+    b: o.ModelB,
+    inputs: o.Inputs = None,
+    on: o.On = "cpu",
+    require_runner: o.RequireRunner = None,
+    modes: o.Modes = "eval",
+    gradients: o.Gradients = False,
+    hard: o.Hard = True,
+    seed: o.Seed = 0,
+    memory: o.Memory = None,
+    arguments: o.Arg = None,
+    weights: o.Weights = None,
+    trust: o.Trust = None,
+    as_json: o.AsJson = False,
+    debug: o.Debug = False,
+) -> None:
+    """Tell whether B computes what A computes.
+
+    Both are held against a float64 run of A: B may err about as much as A itself does.
+    """
+    with one_sentence_errors(debug):
+        import normsurgery as ns
+
+        first, second = open_pair(a, b, arguments, weights, trust)
+        example = example_inputs(inputs, first.model)
+        with progress(f"comparing {a} and {b}"):
+            evidence = ns.verify(
+                first.model,
+                second.model,
+                example,
+                on=on.split(","),
+                require_runner=require_runner or (),
+                modes=modes.split(","),
+                gradients=gradients,
+                hard=hard,
+                seed=seed,
+                memory=memory,
+            )
+        render.evidence(evidence, as_json)
+        raise typer.Exit(0 if evidence.passed else 1)
+
+
+@app.command()
+def norms(as_json: o.AsJson = False, debug: o.Debug = False) -> None:
+    """List every norm that a site can become."""
+    with one_sentence_errors(debug):
+        from normsurgery.spec import broken_plugins
+
+        from . import catalog
+
+        entries, broken = catalog.entries(), broken_plugins()
+        render.norms(entries, broken, as_json)
+
+
+@app.command()
+def explain(norm: o.Norm, as_json: o.AsJson = False, debug: o.Debug = False) -> None:
+    """Tell what a norm computes.
+
+    And when to use it, what a swap to it keeps, and what becomes of it in inference and in ONNX.
+    """
+    with one_sentence_errors(debug):
+        from normsurgery.spec import canonical
+
+        from . import catalog
+
+        name = canonical(norm)
+        entry = next(entry for entry in catalog.entries() if entry.name == name)
+        render.explanation(entry, catalog.documentation(name), as_json)
+
+
+def run() -> None:
+    """Run the command line on `sys.argv`; ends the process with its exit code."""
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly where `| head` has seen enough
+    app(prog_name="normsurgery")
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,133 @@
+"""The options of all verbs, each declared once: a name, a type, a help line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from typer import Argument, Option
+
+MODEL_HELP = (
+    "A .pt, .pth or .ckpt file (a whole model, or a dict around one), a .pt2 exported program, "
+    "a checkpoint directory, or package.module:factory."
+)
+
+# What to operate on.
+Model = Annotated[str, Argument(metavar="MODEL", help=MODEL_HELP)]
+ModelA = Annotated[str, Argument(metavar="A", help="The original. " + MODEL_HELP)]
+ModelB = Annotated[str, Argument(metavar="B", help="What to compare with it. The same forms.")]
+Norm = Annotated[str, Argument(metavar="NORM", help="A norm of `normsurgery norms`, or its alias.")]
+Inputs = Annotated[
+    list[str] | None,
+    Option(
+        "--input",
+        metavar="SPEC",
+        help="Example input: 1x3x224x224, int64[1,16]<30522, name=SPEC, or a tensor file. "
+        "Repeat it for more. Inferred when left out.",
+    ),
+]
+Arg = Annotated[
+    list[str] | None,
+    Option("--arg", metavar="NAME=VALUE", help="An argument of the factory. Repeatable."),
+]
+Weights = Annotated[
+    Path | None, Option("--weights", metavar="FILE", help="A state_dict to load into the model.")
+]
+Trust = Annotated[
+    list[str] | None,
+    Option(
+        "--trust",
+        metavar="PACKAGE",
+        help="Also accept module classes of this package in a pickled model. Repeatable.",
+    ),
+]
+Attach = Annotated[
+    Literal["norm", "weight", "layer"], Option("--attach", help="Which places to list.")
+]
+
+# Which sites, and what becomes of them.
+To = Annotated[str | None, Option("--to", metavar="NORM", help="The norm to put in.")]
+Rules = Annotated[
+    list[str] | None,
+    Option(
+        "--rule",
+        metavar="RULE",
+        help="'batchnorm -> groupnorm num_groups=16'. Repeat it: the first that matches counts.",
+    ),
+]
+Plan = Annotated[
+    Path | None, Option("--plan", metavar="FILE", help="Carry out a plan saved by --save-plan.")
+]
+Kind = Annotated[
+    str | None, Option("--kind", metavar="NORM", help="Only sites of this kind, as in batchnorm.")
+]
+Only = Annotated[
+    list[str] | None,
+    Option("--only", metavar="GLOB", help="Only sites whose path or index matches. Repeatable."),
+]
+Exclude = Annotated[
+    list[str] | None,
+    Option("--exclude", metavar="GLOB", help="Leave out what matches this. Repeatable."),
+]
+Options = Annotated[
+    list[str] | None,
+    Option("--set", metavar="KEY=VALUE", help="An option of the norm, as in num_groups=16."),
+]
+Init = Annotated[
+    Literal["copy", "reset"],
+    Option(
+        "--init",
+        help="Carry weight, bias and eps over where both norms have them, or start fresh.",
+    ),
+]
+Require = Annotated[
+    str | None,
+    Option(
+        "--require",
+        metavar="FIDELITY",
+        help="Refuse what promises less: identical, forward, eval or retrain.",
+    ),
+]
+Calibrate = Annotated[
+    list[str] | None,
+    Option(
+        "--calibrate",
+        metavar="SPEC",
+        help="A batch, spelled as for --input, on which the running statistics of the new norms "
+        "are estimated. Repeatable.",
+    ),
+]
+
+# What comes out.
+DryRun = Annotated[bool, Option("--dry-run", help="Show the plan and write nothing but it.")]
+SavePlan = Annotated[
+    Path | None, Option("--save-plan", metavar="FILE", help="Write the plan as JSON.")
+]
+Out = Annotated[
+    Path | None,
+    Option("--out", "-o", metavar="OUT", help="Where to write. Beside the input when left out."),
+]
+Force = Annotated[bool, Option("--force", help="Replace what is already there.")]
+
+# How two models are compared.
+On = Annotated[str, Option("--on", metavar="DEVICE,...", help="Where to run: cpu, cuda, or both.")]
+RequireRunner = Annotated[
+    list[str] | None,
+    Option("--require-runner", metavar="DEVICE", help="No pass unless it ran there. Repeatable."),
+]
+Modes = Annotated[
+    str, Option("--mode", metavar="MODE,...", help="Which modes to compare: eval, train, or both.")
+]
+Gradients = Annotated[bool, Option("--gradients", help="Compare gradients as well.")]
+Hard = Annotated[
+    bool, Option("--hard/--no-hard", help="Also run inputs made to bring numerical faults out.")
+]
+Seed = Annotated[int, Option("--seed", help="From which the inputs are drawn.")]
+Memory = Annotated[
+    int | None,
+    Option("--memory", metavar="BYTES", help="For the float64 run. What is free when left out."),
+]
+
+# For every verb.
+AsJson = Annotated[bool, Option("--json", help="Print JSON on stdout instead of tables.")]
+Debug = Annotated[bool, Option("--debug", help="Show the traceback of an error.")]

@@ -1,0 +1,222 @@
+"""What each verb prints on stdout: tables and sentences for people, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .tables import table
+
+if TYPE_CHECKING:
+    from normsurgery.plan import Plan, Step
+    from normsurgery.report import Report
+    from normsurgery.survey import Site, Skip, Survey
+    from normsurgery.verify import Comparison, Drift, Evidence
+
+    from .catalog import Entry
+
+WHOLE_MODEL = "(the model itself)"
+
+
+def survey(found: Survey, as_json: bool) -> None:
+    """Print the count by kind, the sites, the skips and the notes of a survey."""
+    if as_json:
+        return _print_json(found.to_json())
+    counts = ", ".join(f"{count} {kind}" for kind, count in found.counts().items())
+    print(f"{found.model}: {counts or 'no norms'}")
+    if found.sites:
+        print()
+        headers = ["#", "where", "kind", "class", "form", "input", "calls", "found by", "proof"]
+        table([*headers, "notes"], [_site_row(site) for site in found.sites])
+    _skips(found.skips)
+    _notes(found.notes)
+    return None
+
+
+def plan(made: Plan, as_json: bool) -> None:
+    """Print what a plan would do, and what it would leave alone."""
+    if as_json:
+        return _print_json(made.to_json())
+    print(f"{made.model}: {len(made.steps)} to change, {len(made.skips)} left alone")
+    _steps(made)
+    return None
+
+
+def report(
+    done: Report, as_json: bool, written: Sequence[Path] = (), following: str | None = None
+) -> None:
+    """Print what was done and measured; last, where outputs changed, the next command to type."""
+    if as_json:
+        return _print_json({**done.to_json(), "written": [str(path) for path in written]})
+    if done.changes_outputs:
+        from normsurgery.report import OUTPUTS_CHANGE
+
+        print(OUTPUTS_CHANGE)
+    print(f"{done.plan.model}: {len(done.plan.steps)} changed, {len(done.plan.skips)} left alone")
+    _steps(done.plan)
+    print()
+    if done.evidence is None:
+        print("nothing was measured")
+    else:
+        _measured(done.evidence)
+    _notes(done.notes)
+    if written:
+        print("wrote " + ", ".join(str(path) for path in written))
+    if done.changes_outputs and following is not None:
+        print(following)
+    return None
+
+
+def evidence(measured: Evidence, as_json: bool) -> None:
+    """Print the verdict on two models, the worst comparison and what was left out."""
+    if as_json:
+        return _print_json(measured.to_json())
+    return _measured(measured)
+
+
+def norms(entries: Sequence[Entry], broken: Mapping[str, str], as_json: bool) -> None:
+    """Print the norms, and the installed packages whose norms could not be loaded."""
+    if as_json:
+        listed = [entry.to_json() for entry in entries]
+        return _print_json({"norms": listed, "broken_plugins": dict(broken)})
+    table(
+        ["norm", "attaches to", "also", "what it does", "from"],
+        [
+            (entry.name, entry.attach, ", ".join(entry.also), entry.summary, _from(entry))
+            for entry in entries
+        ],
+    )
+    if broken:
+        print()
+        table(["package", "could not be loaded because"], list(broken.items()))
+    return None
+
+
+def explanation(entry: Entry, documentation: str, as_json: bool) -> None:
+    """Print what a norm's own file says about it."""
+    if as_json:
+        return _print_json({**entry.to_json(), "documentation": documentation})
+    return print(documentation)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _site_row(site: Site) -> Sequence[object]:
+    others = len(site.paths) - 1
+    return (
+        site.index,
+        (site.label or WHOLE_MODEL) + (f" (+{others} more)" if others else ""),
+        site.kind,
+        site.class_name.rsplit(".", 1)[-1],
+        "" if site.form == "module" else site.form,
+        f"{_shape(site)} {(site.dtype or '').removeprefix('torch.')}",
+        site.calls,
+        site.found_by,
+        site.proof_error,
+        "; ".join(site.notes),
+    )
+
+
+def _shape(site: Site) -> str:
+    return "x".join(map(str, site.shape)) if site.shape is not None else ""
+
+
+def _steps(made: Plan) -> None:
+    if made.steps:
+        print()
+        headers = ["#", "where", "from", "to", "options", "input", "promise", "notes"]
+        table(headers, [_step_row(step) for step in made.steps])
+    _skips(made.skips)
+
+
+def _step_row(step: Step) -> Sequence[object]:
+    return (
+        step.site.index,
+        step.site.label or WHOLE_MODEL,
+        step.site.kind,
+        step.to,
+        " ".join(f"{name}={value}" for name, value in step.options.items()),
+        _shape(step.site),
+        step.fidelity.name.lower(),
+        "; ".join(step.notes),
+    )
+
+
+def _skips(left_alone: Sequence[Skip]) -> None:
+    if not left_alone:
+        return
+    print()
+    table(
+        ["left alone", "kind", "why", "hint"],
+        [(skip.path or WHOLE_MODEL, skip.kind, skip.reason, skip.hint) for skip in left_alone],
+    )
+
+
+def _measured(measured: Evidence) -> None:
+    counts = ((word, measured.count(word)) for word in ("passed", "failed", "undecided"))
+    told = ", ".join(f"{count} {word}" for word, count in counts if count)
+    promise = f"promised {measured.promise.lower()}; " if measured.promise else ""
+    verdict = "passed" if measured.passed else "FAILED"
+    print(f"{verdict}: {promise}{told or 'no output had to stay the same'}")
+    if measured.drifts:
+        headers = ["output", "on the input", "relative change", "top-1 agrees"]
+        table(headers, [_drift_row(drift) for drift in measured.drifts])
+    if measured.comparisons:
+        headers = ["compared", "mode", "on", "verdict", "error", "allowed", "passes at"]
+        rows = [_comparison_row(comparison) for comparison in _worst_of_each(measured)]
+        table([*headers, "worst at", "on the input", "reason"], rows)
+    for left in measured.left_out:
+        place = " ".join(part for part in (left.where, left.case, left.mode, left.runner) if part)
+        print(f"{left.kind}: {place}: {left.reason}")
+    _notes(measured.notes)
+
+
+def _worst_of_each(measured: Evidence) -> list[Comparison]:
+    """For each quantity, mode and runner the comparison that would need the largest tolerance."""
+    severity = {True: 0, None: 1, False: 2}
+    worst: dict[tuple[str, ...], Comparison] = {}
+    for item in measured.comparisons:
+        key = (item.where, item.quantity, item.mode, item.runner)
+        verdict = item.verdict
+        before = worst.get(key, item).verdict
+        if (severity[verdict.passed], verdict.factor) >= (severity[before.passed], before.factor):
+            worst[key] = item
+    return list(worst.values())
+
+
+def _comparison_row(comparison: Comparison) -> Sequence[object]:
+    verdict = comparison.verdict
+    place = f"{comparison.where}: " if comparison.where else ""
+    return (
+        place + comparison.quantity,
+        comparison.mode,
+        comparison.runner,
+        verdict.word,
+        f"{verdict.max_error:.3g} ({verdict.ulps:.3g} ulp)",
+        verdict.allowed,
+        f"{verdict.factor:.3g} x allowed",
+        "" if verdict.worst is None else list(verdict.worst),
+        f"{comparison.case} ({comparison.run})",
+        verdict.reason,
+    )
+
+
+def _drift_row(drift: Drift) -> Sequence[object]:
+    return drift.output, drift.case, drift.relative, _percent(drift.top1)
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}"
+
+
+def _notes(texts: Sequence[str]) -> None:
+    for text in texts:
+        print(f"note: {text}")
+
+
+def _from(entry: Entry) -> str:
+    return "" if entry.owner == "normsurgery" else entry.owner

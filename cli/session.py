@@ -1,0 +1,61 @@
+"""What every verb does around its work: errors as one sentence, progress on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Event, Thread
+
+import typer
+
+from normsurgery.errors import NormsurgeryError
+
+PATIENCE = 2.0  # seconds that pass before a person wants to know what takes so long
+
+
+def note(text: str) -> None:
+    """Say something beside the result: on stderr, so that a pipe gets the result alone."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def one_sentence_errors(debug: bool) -> Iterator[None]:
+    """Turn an error into one sentence on stderr and its exit code; with `debug` let it through."""
+    try:
+        yield
+    except (typer.Exit, BrokenPipeError):
+        raise
+    except NormsurgeryError as error:
+        if debug:
+            raise
+        note(f"error: {error}")
+        raise typer.Exit(error.exit_code) from None
+    except Exception as error:
+        if debug:
+            raise
+        first_line = next(iter(str(error).splitlines()), "no message")
+        note(f"error: {type(error).__name__}: {first_line} (run with --debug for the traceback)")
+        raise typer.Exit(3) from None
+
+
+@contextmanager
+def progress(doing: str) -> Iterator[None]:
+    """Say on stderr what is being done, once it has taken long, and again as time doubles."""
+    done = Event()
+    speaker = Thread(target=_speak, args=(doing, done), daemon=True)
+    speaker.start()
+    try:
+        yield
+    finally:
+        done.set()
+        speaker.join()
+
+
+def _speak(doing: str, done: Event) -> None:
+    start, pause = time.monotonic(), PATIENCE
+    while not done.wait(pause):
+        elapsed = time.monotonic() - start
+        note(f"{doing} ... ({elapsed:.0f} s)")
+        pause = elapsed
