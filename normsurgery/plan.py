@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from normsurgery.errors import CannotConvert, PromiseBroken, UsageError
+from normsurgery.htmltable import html_table
 from normsurgery.jsonfiles import read_json, write_json
 from normsurgery.selection import Rule, as_rules, select
 from normsurgery.spec import Conversion, Fidelity, NormSpec, Source, get
@@ -27,8 +28,9 @@ INITS = ("copy", "reset")
 class Step:
     """One site and what is done to it.
 
-    action: "swap" builds the new norm by a conversion; "copy" puts a copy of the very module in its
-        place (a norm swapped to its own kind changes no bit).
+    action: "swap" builds the new norm by a conversion. A norm swapped to its own kind changes no
+        bit: "copy" puts a copy of the very module in its place, "replay" a module that runs the
+        very operations of a formula.
     options: complete: what the conversion would choose itself is filled in.
     fidelity: what the step promises.
     child: for a call or a formula, the name under which its owner will hold the new norm.
@@ -38,7 +40,7 @@ class Step:
     to: str
     options: Mapping[str, Any]
     fidelity: Fidelity
-    action: Literal["swap", "copy"] = "swap"
+    action: Literal["swap", "copy", "replay"] = "swap"
     notes: tuple[str, ...] = ()
     child: str = ""
 
@@ -131,6 +133,17 @@ class Plan:
         lines += [_skip_line(skip) for skip in self.skips]
         return "\n".join(lines) or "nothing to do"
 
+    def _repr_html_(self) -> str:
+        return html_table(("site", "from", "to", "promise"), self._cells())
+
+    def _cells(self) -> Iterator[tuple[str, str, str, str]]:
+        for step in self.steps:
+            options = "".join(f" {name}={value}" for name, value in step.options.items())
+            promise = step.fidelity.name.lower()
+            yield step.site.label, step.site.kind, step.to + options, promise
+        for skip in self.skips:
+            yield skip.path, skip.kind, "left alone", skip.reason
+
 
 def plan(
     survey: Survey,
@@ -195,13 +208,17 @@ def _decide(model: nn.Module, site: Site, rule: Rule, init: Init) -> Step | Skip
     target = get(rule.to)
     if site.attach != target.attach:
         return _skip(site, _ATTACH_REASONS[site.attach, target.attach])
-    copies = _is_copy(site, target, rule, init)
+    same = _is_same(site, target, rule, init)
+    copies = same and site.form == "module"
     reason = obstacle(model, site, copies=copies)
     if reason is not None:
         return _skip(site, reason)
     if copies:
         note = "a copy of the same module"
         return Step(site, target.name, {}, Fidelity.IDENTICAL, "copy", (note,))
+    if same and site.call is not None and site.call.operations:
+        note = "its own operations, as a module"
+        return Step(site, target.name, {}, Fidelity.IDENTICAL, "replay", (note,))
     conversion = target.conversion(site.kind)
     if conversion is None:
         return _skip(site, f"there is no conversion from {site.kind} to {target.name}")
@@ -242,8 +259,8 @@ def _with_children(model: nn.Module, steps: Sequence[Step]) -> tuple[Step, ...]:
     return tuple(named)
 
 
-def _is_copy(site: Site, target: NormSpec, rule: Rule, init: Init) -> bool:
-    same = site.kind == target.name and site.form == "module" and site.attach == "norm"
+def _is_same(site: Site, target: NormSpec, rule: Rule, init: Init) -> bool:
+    same = site.kind == target.name and site.attach == "norm"
     return same and not rule.options and init == "copy"
 
 

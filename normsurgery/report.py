@@ -142,19 +142,6 @@ class Report:
 
     def _repr_html_(self) -> str:
         head = f"<p><b>{OUTPUTS_CHANGE}</b></p>" if self.changes_outputs else ""
-        rows = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
-            for cells in self._cells()
-        )
-        titles = "".join(f"<th>{title}</th>" for title in ("site", "from", "to", "promise"))
-        table = f"<table><thead><tr>{titles}</tr></thead><tbody>{rows}</tbody></table>"
+        table = self.plan._repr_html_()
         notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
         return head + table + notes + ("" if self.evidence is None else self.evidence._repr_html_())
-
-    def _cells(self) -> Iterator[tuple[str, str, str, str]]:
-        for step in self.plan.steps:
-            options = "".join(f" {name}={value}" for name, value in step.options.items())
-            promise = step.fidelity.name.lower()
-            yield step.site.label, step.site.kind, step.to + options, promise
-        for skip in self.plan.skips:
-            yield skip.path, skip.kind, "left alone", skip.reason

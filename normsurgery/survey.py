@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from html import escape
 from typing import Any, Literal
+
+from normsurgery.htmltable import html_table
 
 Form = Literal["module", "call", "formula"]
 FoundBy = Literal["type", "graph", "run", "proof"]
@@ -37,6 +40,7 @@ class CallSite:
     its dedented source) and the spans speak of. `output` is the expression whose value is the
     norm's output, `input` the value it normalises, `region` every expression that belongs to it.
     `node` is used instead of spans where the owner is a fx.GraphModule or an exported program.
+    `operations` are a formula's own operations as data (`graph.operations`), where they are plain.
     """
 
     function: str
@@ -45,6 +49,7 @@ class CallSite:
     input: Origin
     region: tuple[Span, ...] = ()
     node: str | None = None
+    operations: tuple[Mapping[str, Any], ...] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,7 @@ def _call_from_json(data: Mapping[str, Any]) -> CallSite:
         input=Origin(origin["name"], span(origin["span"])),
         region=tuple(Span(**item) for item in data["region"]),
         node=data.get("node"),
+        operations=tuple(data["operations"]) if data.get("operations") else None,
     )
 
 
@@ -150,6 +156,30 @@ class Survey:
     def counts(self) -> dict[str, int]:
         """Sites by kind."""
         return dict(Counter(site.kind for site in self.sites))
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{count} {kind}" for kind, count in self.counts().items())
+        rows = ["  ".join(cells) for cells in self._cells()]
+        return "\n".join([f"{self.model}: {counts or 'no normalization'}", *rows, *self.notes])
+
+    def _repr_html_(self) -> str:
+        notes = "".join(f"<p>{escape(note)}</p>" for note in self.notes)
+        return (
+            html_table(("site", "kind", "class", "input", "how it is known"), self._cells()) + notes
+        )
+
+    def _cells(self) -> Iterator[tuple[str, str, str, str, str]]:
+        for site in self.sites:
+            shape = "" if site.shape is None else str(list(site.shape))
+            yield (
+                site.label or "(the model itself)",
+                site.kind,
+                site.class_name,
+                shape,
+                site.found_by,
+            )
+        for skip in self.skips:
+            yield skip.path or "(the model itself)", skip.kind, "", "", f"skipped: {skip.reason}"
 
     def to_json(self) -> dict[str, Any]:
         return {

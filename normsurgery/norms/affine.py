@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from normsurgery.errors import WrongShape
 from normsurgery.norms.batchnorm import scale_and_shift
 from normsurgery.norms.carry import (
+    AFFINE_ROLES,
     along,
     channels,
     present,
@@ -134,8 +135,14 @@ def from_statistics(source: Source, *, init: str = "copy") -> nn.Module:
     if "running_mean" not in source.tensors:
         return from_any(source, init=init)
     scale, shift = scale_and_shift(source.tensors, source.settings)
-    module = Affine(features, channel_axis=axis)
-    return settled(module, source, init, {"weight": scale, "bias": shift})
+    module = settled(
+        Affine(features, channel_axis=axis), source, init, {"weight": scale, "bias": shift}
+    )
+    old = [source.tensors[role] for role in AFFINE_ROLES if role in source.tensors]
+    # The shift holds the old weight too, so it is trained where either of them was.
+    if old and module.bias is not None:
+        module.bias.requires_grad_(any(parameter.requires_grad for parameter in old))
+    return module
 
 
 def _inference_form(source: Source, options: Mapping[str, Any]) -> Fidelity:

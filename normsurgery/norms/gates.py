@@ -8,10 +8,13 @@ layer; the two share a `GateLink`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from normsurgery.spec import Source
 
 aten = torch.ops.aten
 
@@ -98,6 +101,43 @@ def gate_weights(activation: str, arguments: Sequence[Any], z: Tensor) -> Tensor
     """
     derivative = DERIVATIVES[activation](z, *arguments)
     return derivative if derivative.dtype == torch.bool else derivative.abs()
+
+
+@dataclass(frozen=True)
+class FoundGate:
+    """The activation after a layer: its name, its arguments, and where a tap has to go, if at all.
+
+    `direct`: it reads the layer's own output. `module`: its path, or None if it is a plain call.
+    """
+
+    activation: str
+    direct: bool
+    module: str | None
+    arguments: tuple[Any, ...]
+
+
+def found_gate(source: Source, wanted: str | None) -> FoundGate | None:
+    """The gate to use: the one in `source.settings["gate"]`, or the one that `wanted` names.
+
+    None where nothing can be read: no activation, one without a known derivative, or one that
+    stands behind a norm or a sum as a plain call, where no tap can be put.
+    """
+    if wanted == "none":
+        return None
+    data = source.settings.get("gate") or {}
+    found = None
+    if data.get("activation") in DERIVATIVES:
+        found = FoundGate(
+            data["activation"],
+            data["direct"],
+            data.get("module"),
+            tuple(data.get("arguments", ())),
+        )
+    if wanted is not None and (found is None or found.activation != wanted):
+        return FoundGate(wanted, True, None, ())
+    if found is not None and not found.direct and found.module is None:
+        return None
+    return found
 
 
 class GateBox:

@@ -127,13 +127,16 @@ def read(module: nn.Module) -> Reading:
 
 
 def hypotheses(shape: tuple[int, ...], tensors: Mapping[str, tuple[int, ...]]) -> Iterator[Reading]:
-    """Every number of groups but 1 and C, which are other norms; vectors of C in either role."""
+    """Every number of groups but C, which is an instance norm; vectors of C in either role.
+
+    One group is a layer norm of the sample, which is tried before this unless the class says more.
+    """
     for axis in (1, -1) if len(shape) > 2 else (-1,) if shape else ():
         features = shape[axis]
         fitting = [name for name, size in tensors.items() if torch.Size(size).numel() == features]
         for roles in (("weight", "bias"), ("weight",), ("bias",), ()):
             for names in permutations(fitting, len(roles)):
-                for groups in divisors(features)[1:-1]:
+                for groups in divisors(features)[:-1]:
                     yield Reading(
                         dict(zip(roles, names, strict=True)),
                         {"channel_axis": axis, "features": features, "num_groups": groups},

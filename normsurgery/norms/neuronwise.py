@@ -49,7 +49,6 @@ Reference
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -61,7 +60,14 @@ from torch.nn.modules.conv import _ConvNd
 from normsurgery.errors import UsageError
 from normsurgery.norms.carry import present, refusal
 from normsurgery.norms.examples import randomised
-from normsurgery.norms.gates import DERIVATIVES, GateBox, GateLink, GateTap, gate_weights
+from normsurgery.norms.gates import (
+    DERIVATIVES,
+    GateBox,
+    GateLink,
+    GateTap,
+    found_gate,
+    gate_weights,
+)
 from normsurgery.norms.neuronwise_gradients import (
     DEFAULT_EPS,
     MODES,
@@ -98,7 +104,10 @@ class _Gated(torch.autograd.Function):
         rule: Rule,
         link: GateLink | None,
     ) -> Tensor:
-        z = form.apply(x, weight, bias)
+        product = form.apply(x, weight, bias)
+        # Of an x of three dimensions or more it is a view, and what a Function returns as a view
+        # may not be written in place later.
+        z: Tensor = torch.ops.aten._unsafe_view(product, product.shape)
         # Saved as weights, not as z: an in-place activation is about to overwrite z.
         direct = rule.gate is not None and link is None
         gate = gate_weights(rule.gate or "", rule.arguments, z) if direct else None
@@ -282,43 +291,6 @@ def read(module: nn.Module) -> Reading:
             "groups": module.groups,
         }
     return Reading(present(module, "weight", "bias"), settings)
-
-
-@dataclass(frozen=True)
-class FoundGate:
-    """The activation after a layer: its name, its arguments, and where a tap has to go, if at all.
-
-    `direct`: it reads the layer's own output. `module`: its path, or None if it is a plain call.
-    """
-
-    activation: str
-    direct: bool
-    module: str | None
-    arguments: tuple[Any, ...]
-
-
-def found_gate(source: Source, wanted: str | None) -> FoundGate | None:
-    """The gate to use: the one in `source.settings["gate"]`, or the one that `wanted` names.
-
-    None where nothing can be read: no activation, one without a known derivative, or one that
-    stands behind a norm or a sum as a plain call, where no tap can be put.
-    """
-    if wanted == "none":
-        return None
-    data = source.settings.get("gate") or {}
-    found = None
-    if data.get("activation") in DERIVATIVES:
-        found = FoundGate(
-            data["activation"],
-            data["direct"],
-            data.get("module"),
-            tuple(data.get("arguments", ())),
-        )
-    if wanted is not None and (found is None or found.activation != wanted):
-        return FoundGate(wanted, True, None, ())
-    if found is not None and not found.direct and found.module is None:
-        return None
-    return found
 
 
 def plain_class(source: Source) -> type[nn.Module]:

@@ -53,7 +53,6 @@ Reference
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -66,6 +65,7 @@ from normsurgery import spec
 from normsurgery.errors import CannotConvert, UnknownName, UsageError
 from normsurgery.norms.carry import refusal, require_channels
 from normsurgery.norms.examples import randomised
+from normsurgery.norms.seeded_draws import SeededDraws, hashed
 from normsurgery.spec import (
     Conversion,
     Example,
@@ -99,12 +99,7 @@ class _TakePart(torch.autograd.Function):
         return g, *(torch.zeros_like(parameter) for parameter in ctx.unused)
 
 
-def _version(buffer: Tensor) -> float:
-    """How often a tensor has been written; unequal to itself where torch does not count."""
-    return float("nan") if buffer.is_inference() else buffer._version
-
-
-class RandomAggregation(nn.Module):
+class RandomAggregation(SeededDraws):
     """Candidate norms of which each call in training uses one, drawn from a seeded sequence.
 
     candidates: registered name -> module, in the order that integer paths count. eval_path: the
@@ -114,12 +109,10 @@ class RandomAggregation(nn.Module):
     forward raises WrongShape for another number of channels.
     """
 
-    generator: Tensor
-
     def __init__(
         self, candidates: Mapping[str, nn.Module], *, seed: int = 0, eval_path: str | None = None
     ) -> None:
-        super().__init__()
+        super().__init__(seed)
         if not candidates:
             raise UsageError("randomaggregation needs at least one candidate norm")
         self.names = tuple(candidates)
@@ -130,8 +123,6 @@ class RandomAggregation(nn.Module):
         settings = first.read(self.candidates[first.name]).settings
         self.channel_axis = int(settings.get("channel_axis", 1))
         self.features = settings.get("features")
-        self.register_buffer("generator", torch.tensor([seed % 2**63, 0]))
-        self._read: tuple[Tensor, float, int, int] | None = None
 
     def named(self, path: int | str) -> str:
         """The name of a path given by name or index, or "random"."""
@@ -151,41 +142,12 @@ class RandomAggregation(nn.Module):
             return self.forced
         return RANDOM if self.training else self.eval_path
 
-    def state(self) -> tuple[int, int]:
-        """The seed and the number of draws so far.
-
-        The buffer is the truth. Reading it waits for its device, so it is read only after somebody
-        else has written it: a checkpoint, a broadcast, a move to another device.
-        """
-        known = self._read
-        if known is not None and known[0] is self.generator and known[1] == _version(known[0]):
-            return known[2], known[3]
-        seed, draws = self.generator.tolist()
-        return seed, draws
-
-    def last_drawn(self) -> str:
-        """The candidate of the last draw, or before the first that of the first."""
-        seed, draws = self.state()
-        digest = hashlib.blake2b(f"{seed}/{max(draws, 1)}".encode(), digest_size=8).digest()
-        return self.names[int.from_bytes(digest) % len(self.names)]
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # each candidate is its own graph
-    def draw(self) -> str:
-        """The candidate of the next draw, or of the last one if this is a recomputation."""
-        # A forward inside a backward pass is activation checkpointing repeating what it did.
-        if torch._C._current_graph_task_id() == -1:
-            seed, draws = self.state()
-            with torch.no_grad():
-                self.generator[1] += 1
-            self._read = (self.generator, _version(self.generator), seed, draws + 1)
-        return self.last_drawn()
-
     def forward(self, x: Tensor) -> Tensor:
         if self.features is not None:
             require_channels("randomaggregation", x, self.channel_axis, self.features)
         path = self.policy()
         if path == RANDOM:
-            path = self.draw()
+            path = self.draw(self.names)
         if self.training and torch.is_grad_enabled():
             x = self._with_all_taking_part(x, path)
         return cast(Tensor, self.candidates[path](x))
@@ -254,7 +216,7 @@ def read(module: nn.Module) -> Reading:
     assert isinstance(module, RandomAggregation)
     path = module.forced or module.eval_path
     if path == RANDOM:
-        path = module.last_drawn()
+        path = module.last_drawn(module.names)
     reading = spec.get(path).read(module.candidates[path])
     tensors = {role: f"candidates.{path}.{name}" for role, name in reading.tensors.items()}
     return Reading(tensors, {**reading.settings, "path": path})
@@ -354,8 +316,7 @@ def stream(source: Source, seed: int, granularity: str) -> int:
             f"randomaggregation has no granularity {granularity!r}. Valid: layer, network."
         )
     where = source.where if granularity == "layer" else ""
-    digest = hashlib.blake2b(f"{seed}/{granularity}/{where}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest) % 2**63
+    return hashed(f"{seed}/{granularity}/{where}") % 2**63
 
 
 def build(

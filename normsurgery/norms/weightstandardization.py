@@ -146,8 +146,8 @@ def layout(source: Source) -> tuple[int, int]:
     )
 
 
-def build(source: Source, *, init: str = "copy", eps: float = DEFAULT_EPS) -> nn.Module:
-    """A deep copy of the source's layer whose `weight` is standardized from now on."""
+def standardizable(source: Source) -> tuple[nn.Module, int, int]:
+    """The layer, the axis of its output channels and its groups; refused where it has no such."""
     to = "weightstandardization"
     module = source.module
     if module is None:
@@ -172,6 +172,12 @@ def build(source: Source, *, init: str = "copy", eps: float = DEFAULT_EPS) -> nn
             "be constant or have no useful gradient",
             "Leave this layer out.",
         )
+    return module, axis, groups
+
+
+def build(source: Source, *, init: str = "copy", eps: float = DEFAULT_EPS) -> nn.Module:
+    """A deep copy of the source's layer whose `weight` is standardized from now on."""
+    module, axis, groups = standardizable(source)
     standardized = tree_copy(module, clone=True)
     if init == "reset":
         standardized.reset_parameters()  # type: ignore[operator]
@@ -181,18 +187,32 @@ def build(source: Source, *, init: str = "copy", eps: float = DEFAULT_EPS) -> nn
 
 
 def resolve(source: Source, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    standardizable(source)
     return {"eps": DEFAULT_EPS, **options}
+
+
+def is_standardized(module: nn.Module) -> bool:
+    """Whether the module's weight is parametrized by WeightStandardization and nothing else."""
+    if not parametrize.is_parametrized(module, "weight"):
+        return False
+    held = list(module.parametrizations["weight"])  # type: ignore[index]
+    return len(held) == 1 and isinstance(held[0], WeightStandardization)
 
 
 def strip(module: nn.Module) -> nn.Module:
     """A copy of a standardized layer as a plain layer holding the standardized weight."""
     plain = tree_copy(module, clone=True)
+    take_off(plain, baked=True)
+    return plain
+
+
+def take_off(module: nn.Module, *, baked: bool) -> None:
+    """Make a standardized layer plain, in place; its weight is the standardized one or the raw."""
     # torch edits the class when it removes a parametrization, and a copy shares that class.
     shared = type(module)
     own = {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")}
-    plain.__class__ = type(shared.__name__, shared.__bases__, own)
-    parametrize.remove_parametrizations(plain, "weight", leave_parametrized=True)
-    return plain
+    module.__class__ = type(shared.__name__, shared.__bases__, own)
+    parametrize.remove_parametrizations(module, "weight", leave_parametrized=baked)
 
 
 def examples() -> tuple[Example, ...]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+from normsurgery.htmltable import html_table
 from normsurgery.verify.judge import Verdict
 
 Mode = Literal["eval", "train"]
@@ -236,12 +237,7 @@ class Evidence:
             "ulp",
             "allowed",
         )
-        rows = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(c)) + "</tr>"
-            for c in self.comparisons
-        )
-        header = "".join(f"<th>{title}</th>" for title in titles)
-        return f"{head}<table><thead><tr>{header}</tr></thead><tbody>{rows}</tbody></table>"
+        return head + html_table(titles, map(_cells, self.comparisons))
 
 
 def _cells(comparison: Comparison) -> tuple[str, ...]:
