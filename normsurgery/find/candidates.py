@@ -15,6 +15,7 @@ from normsurgery.find.events import SAME_NUMBERS, Event, parameter_name, plain, 
 from normsurgery.find.proof import Proof, prove
 from normsurgery.graph import ModuleCall, Op, Recording, Ref
 from normsurgery.precision import float64_copy, lifted
+from normsurgery.spec import specs
 from normsurgery.treecopy import tree_copy
 
 _LARGEST_EPS = 0.1
@@ -61,8 +62,14 @@ def prove_module(
     key = (type(original), shape, _fingerprint(original), _form(recording, call, place))
     if key not in cache:
         eps = _small_numbers(recording.ops[call.start : call.end], original)
-        cache[key] = _try(_module_run(recording, original, call, place), shape, tensors, eps)
+        run = _module_run(recording, original, call, place)
+        cache[key] = _try(run, shape, tensors, eps, first=_kind_of_class(original))
     return cache[key]
+
+
+def _kind_of_class(module: nn.Module) -> str | None:
+    """The kind that a subclass of a registered class most likely still is."""
+    return next((found.name for found in specs() if isinstance(module, found.classes)), None)
 
 
 def _form(recording: Recording, call: ModuleCall, primary: int) -> str:
@@ -162,9 +169,10 @@ def _try(
     tensors: Mapping[str, Tensor],
     eps: tuple[float, ...],
     modes: tuple[bool, ...] = (False, True),
+    first: str | None = None,
 ) -> Proof | None:
     try:
-        return prove(run, shape, tensors, eps, modes=modes)
+        return prove(run, shape, tensors, eps, modes=modes, first=first)
     except Exception:  # the user's code, run on inputs it was not written for, may raise anything
         return None
 
@@ -193,14 +201,18 @@ def prove_region(
 
 
 def _starts(recording: Recording, event: Event, readers: Mapping[int, list[Op]]) -> list[int]:
-    """What may be the normalised value: the event's inputs, then their views of another shape."""
+    """What may be the normalised value, earliest first: each input, then its views and casts.
+
+    x comes before x - mean(x), of which a layer norm of x is an RMS norm.
+    """
     found: list[int] = []
-    queue = [event.input, *event.other_inputs]
-    while queue:
-        found.append(queue.pop(0))
-        for op in readers.get(found[-1], []):
-            if schema_name(op) in SAME_NUMBERS and op.outputs and op.index < event.ops[0]:
-                queue.append(op.outputs[0])
+    for start in (event.input, *event.other_inputs):
+        queue = [start]
+        while queue:
+            found.append(queue.pop(0))
+            for op in readers.get(found[-1], []):
+                if schema_name(op) in SAME_NUMBERS and op.outputs and op.index < event.ops[0]:
+                    queue.append(op.outputs[0])
     return found
 
 

@@ -86,7 +86,12 @@ class Drafts:
                 site = replace(known, **_seen(site))
             else:
                 settings = _in_both(known.settings, site.settings, "activation_module")
-                site = replace(known, settings=settings, shape=_smaller(known.shape, site.shape))
+                site = replace(
+                    known,
+                    parameters={**site.parameters, **known.parameters},
+                    settings=settings,
+                    shape=_smaller(known.shape, site.shape),
+                )
         elif training:
             site = replace(site, notes=(*site.notes, "runs in train mode only"))
         self.sites[key] = site

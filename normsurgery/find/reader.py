@@ -24,6 +24,7 @@ from normsurgery.find.places import absorbable
 from normsurgery.find.position import call_site
 from normsurgery.find.proof import Proof
 from normsurgery.graph import ModuleCall, Op, Recording, Ref
+from normsurgery.graph.operations import as_data
 from normsurgery.survey import Site, Skip
 
 Key = tuple[Any, ...]
@@ -148,7 +149,8 @@ class Reader:
             if not first.frozen:
                 self._skip(first, owner, str(error))
             return
-        yield ("call", site.path, site.call), site
+        place = None if site.call is None else replace(site.call, operations=None)
+        yield ("call", site.path, place), site
 
     def _skip(self, event: Event, owner: nn.Module, reason: str) -> None:
         path = self.recording.path(owner)
@@ -213,8 +215,11 @@ class Reader:
         proof = region.proof
         site = self._call_site(group, owner, region.output, region.ops, region.input)
         ends = [(region.input, region.output), *((e.input, e.output) for e in group[1:])]
+        roles = {name: role for role, name in proof.reading.tensors.items()}
+        operations = as_data(self.recording, region.ops, region.input, roles)
         return replace(
             site,
+            call=None if site.call is None else replace(site.call, operations=operations),
             kind=proof.kind,
             form="formula",
             parameters=dict(proof.reading.tensors),
@@ -241,13 +246,22 @@ class Reader:
         )
 
     def _counter(self, parameters: Mapping[str, str]) -> dict[str, str]:
-        """The batch counter that is kept beside running statistics, which no call is given."""
+        """The batch counter beside running statistics, which no call is given.
+
+        Only a counter that the run advanced belongs to the norm: a forward may leave it alone.
+        """
         if "running_mean" not in parameters:
             return {}
         path = parameters["running_mean"].rpartition(".")[0]
         buffers = self.recording.model.get_submodule(path).named_buffers(path, recurse=False)
-        counters = [n for n, b in buffers if b.dim() == 0 and not b.is_floating_point()]
-        return {"num_batches_tracked": counters[0]} if len(counters) == 1 else {}
+        counters = {n for n, b in buffers if b.dim() == 0 and not b.is_floating_point()}
+        values = self.recording.values
+        advanced = [
+            values[op.inputs[0]].name
+            for op in self.recording.ops
+            if op.inputs and op.target._schema.is_mutable and values[op.inputs[0]].name in counters
+        ]
+        return {"num_batches_tracked": advanced[0]} if advanced and advanced[0] else {}
 
     def _call_site(
         self,
