@@ -15,6 +15,8 @@ from normsurgery.artefacts.weights import load_weights
 from normsurgery.errors import CannotRead
 
 RECORD = "normsurgery.json"  # beside config.json: the swaps to make again on load
+CONFIG_KEY = "normsurgery"  # in config.json: the same, written by the model's own save_pretrained
+_CURE = "The swaps recorded beside the weights are not those they were saved with: swap again."
 
 
 def load_directory(path: str | Path, *, meta: bool = False) -> nn.Module:
@@ -42,7 +44,7 @@ def load_checkpoint(path: Path, *, meta: bool = False) -> Loaded:
     if plans:
         model = rebuilt(model, plans)
         if not meta:
-            notes = (load_weights(model, _read_shards(path), path),)
+            load_weights(model, _read_shards(path), path, cure=_CURE)
     return Loaded(model.eval(), "directory", str(path), notes, plans=plans)
 
 
@@ -62,9 +64,10 @@ def _read_json(file: Path, directory: Path) -> dict[str, Any]:
 
 
 def _plans(path: Path) -> tuple[Any, ...]:
+    """The swaps to make again, oldest first: of the record, else of what the config remembers."""
     file = path / RECORD
     if not file.is_file():
-        return ()
+        return tuple(_read_json(path / "config.json", path).get(CONFIG_KEY, ()))
     record = _read_json(file, path)
     if MARK not in record or "plan" not in record:
         raise CannotRead(f"{file}: is not a record of swaps; remove it or swap again.")

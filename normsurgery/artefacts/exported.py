@@ -108,7 +108,7 @@ def is_exported(path: Path) -> bool:
                 return False
             file.seek(0)
             return "archive_format" in torch._C.PyTorchFileReader(file).get_all_records()
-    except RuntimeError:
+    except (RuntimeError, OSError):  # which of them a cut-off archive raises depends on the cut
         return False
 
 
@@ -122,7 +122,7 @@ def load_exported(path: Path) -> torch.export.ExportedProgram:
             f"{path}: {refused}, so nothing was loaded. Export the model again with "
             "torch.export.export and torch.export.save, without custom objects."
         ) from None
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         raise CannotRead(f"{path}: damaged or cut off ({first_line(error)}).") from None
     try:
         return torch.export.load(io.BytesIO(content))

@@ -79,7 +79,7 @@ def read_program(path: Path, file: IO[bytes]) -> bytes:
             raise CannotRead(_NOT_TORCH.format(path))
         data: bytes = reader.get_record("data.pkl")
         return data
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:  # which of them depends on where it is cut
         if zipfile.is_zipfile(file):
             raise CannotRead(_NOT_TORCH.format(path)) from None
         raise CannotRead(

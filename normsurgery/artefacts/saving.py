@@ -33,12 +33,7 @@ def save(
     if the model cannot be written in that form; what was there before is then untouched.
     """
     out = Path(out)
-    beside = out.with_name(f"{out.name}.report.json")
-    for path in (out, beside):
-        if path.exists() and not force:
-            raise UsageError(f"{path} exists already. Give another name with -o, or --force.")
-    if not out.resolve().parent.is_dir():
-        raise UsageError(f"{out.parent}: there is no such directory to write {out.name} into.")
+    beside = check_target(out, force=force)
     content = report if isinstance(report, Mapping) else report.to_json()
     plans = (*loaded.plans, content.get("plan"))
     write = _WRITERS[loaded.kind]
@@ -46,6 +41,22 @@ def save(
         temporary_report.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         write(loaded, model, plans, temporary)
     return out, beside
+
+
+def check_target(out: Path, *, force: bool) -> Path:
+    """The path of the report beside `out`; raises UsageError where the two cannot be written."""
+    beside = out.with_name(f"{out.name}.report.json")
+    check_folder(out)
+    for path in (out, beside):
+        if path.exists() and not force:
+            raise UsageError(f"{path} exists already. Give another name with -o, or --force.")
+    return beside
+
+
+def check_folder(file: Path) -> None:
+    """Raise UsageError where there is no directory to write `file` into."""
+    if not file.resolve().parent.is_dir():
+        raise UsageError(f"{file.parent}: there is no such directory to write {file.name} into.")
 
 
 @contextmanager
@@ -63,11 +74,10 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 
 def _write_pickle(loaded: Loaded, model: nn.Module, plans: tuple[Any, ...], path: Path) -> None:
-    from normsurgery.surgery.owner import is_rewritten
-    from normsurgery.surgery.rebuilding import restore_originals
+    from normsurgery.surgery.rebuilding import holds_rewrites, restore_originals
 
     content: Any = model
-    if any(is_rewritten(module) for module in model.modules()):
+    if holds_rewrites(model):
         content = {MARK: __version__, "model": restore_originals(model), "plan": list(plans)}
     if loaded.container is not None:
         content = {**loaded.container, loaded.key: content}

@@ -33,6 +33,7 @@ USUAL_KEYS = (
 # What DataParallel, torch.compile and training frameworks put before every key.
 PREFIXES = ("module.", "_orig_mod.", "model.")
 _FEW = 5
+_CURE = "Give the factory and the arguments the weights were trained with."
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,11 @@ class Found:
     def note(self) -> str:
         under = f"the weights are under {self.key!r}" if self.key else "the file is a state_dict"
         return f"{under}, prefix {self.prefix!r} removed" if self.prefix else under
+
+    @property
+    def place(self) -> str:
+        """The note in brackets, where there is something to look up."""
+        return f" ({self.note})" if self.key or self.prefix else ""
 
 
 def read_weights(path: Path) -> tuple[Mapping[str, Any], tuple[Any, ...]]:
@@ -78,9 +84,12 @@ def _read_safetensors(path: Path) -> tuple[Mapping[str, Any], tuple[Any, ...]]:
     return tensors, tuple(plans)
 
 
-def load_weights(model: nn.Module, content: Mapping[str, Any], path: Path) -> str:
+def load_weights(
+    model: nn.Module, content: Mapping[str, Any], path: Path, *, cure: str = _CURE
+) -> str:
     """Load the state_dict that fits `model` best, in place; returns the note that says which.
 
+    cure: what to do where none fits, the end of the error's text.
     Raises CannotRead if a key is missing or extra (a tied name may be absent), or a shape differs.
     """
     wanted = set(model.state_dict())
@@ -88,14 +97,13 @@ def load_weights(model: nn.Module, content: Mapping[str, Any], path: Path) -> st
     if not candidates:
         raise CannotRead(f"{path}: holds no state_dict. Its keys: {_few(map(str, content))}.")
     best = max(candidates, key=lambda found: _fit(wanted, found))
-    _refuse_other_shapes(model, best, path)
+    _refuse_other_shapes(model, best, path, cure)
     result = model.load_state_dict(dict(best.tensors), strict=False)
     missing = [key for key in result.missing_keys if key not in _tied(model, set(best.tensors))]
     if missing or result.unexpected_keys:
         raise CannotRead(
-            f"{path}: does not fit {type(model).__name__} ({best.note}). "
-            f"{_list('missing', missing)} {_list('extra', result.unexpected_keys)} "
-            "Give the factory and the arguments the weights were trained with."
+            f"{path}: the weights do not fit {type(model).__name__}{best.place}. "
+            f"{_list('missing', missing)} {_list('extra', result.unexpected_keys)} {cure}"
         )
     return best.note
 
@@ -140,13 +148,13 @@ def _without_prefixes(tensors: Mapping[str, Any], key: str) -> Iterator[Found]:
         yield Found(tensors, key, removed)
 
 
-def _refuse_other_shapes(model: nn.Module, found: Found, path: Path) -> None:
+def _refuse_other_shapes(model: nn.Module, found: Found, path: Path, cure: str) -> None:
     for name, tensor in model.state_dict().items():
         given = found.tensors.get(name)
         if isinstance(given, Tensor) and isinstance(tensor, Tensor) and given.shape != tensor.shape:
             raise CannotRead(
                 f"{path}: {name} has shape {tuple(given.shape)}, and the model's has "
-                f"{tuple(tensor.shape)}. Give the arguments the weights were trained with."
+                f"{tuple(tensor.shape)}. {cure}"
             )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from normsurgery.errors import CannotRewrite
 from normsurgery.plan import Plan, Step
@@ -126,9 +127,16 @@ def _rewritten(
     ]
     if calls is None:
         reapply(owner, placements)
+    elif _is_without_values(owner, calls):
+        raise CannotRewrite("it has no values (meta device) to prove a rewritten forward on")
     else:
         rewrite_owner(owner, placements, calls)
     return [placement.name for placement in placements]
+
+
+def _is_without_values(owner: nn.Module, calls: Sequence[OwnerCall]) -> bool:
+    leaves = tree_leaves(([(call.args, call.kwargs) for call in calls], tensors_in(owner)))
+    return any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves)
 
 
 def _is_call_of(item: Built, owner_path: str) -> bool:
@@ -165,7 +173,7 @@ def companions(
 ) -> Mapping[str, Callable[[nn.Module], nn.Module]]:
     """What else a step replaces: path -> a function from the module there to the new one."""
     conversion = get(step.to).conversion(step.site.kind)
-    if step.action == "copy" or conversion is None or conversion.companions is None:
+    if step.action != "swap" or conversion is None or conversion.companions is None:
         return {}
     return conversion.companions(source, new, step.options)
 

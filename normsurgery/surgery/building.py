@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from normsurgery.errors import UsageError
 from normsurgery.plan import Step
 from normsurgery.spec import Source, get
-from normsurgery.surgery.inherit import tensor_in
+from normsurgery.surgery.inherit import is_transient, tensor_in
 from normsurgery.surgery.keymap import Entries, Made, Move
 from normsurgery.surgery.owner import Placement
 from normsurgery.surgery.owner.rewriting import tensor_names
@@ -22,7 +22,8 @@ from normsurgery.surgery.relation import (
     relation_of_norms,
     tensors_in,
 )
-from normsurgery.surgery.source import build, module_at, source_of
+from normsurgery.surgery.replay import Replay
+from normsurgery.surgery.source import build, module_at, parse_dtype, source_of
 from normsurgery.treecopy import tree_copy
 
 
@@ -31,6 +32,7 @@ class Built:
     """A step with its new module, before it is put in its place.
 
     locals: role -> local name of the old tensor in the module (for a call: below its owner).
+    unsaved: name in the model -> shape, of the old buffers that a state_dict does not hold.
     """
 
     step: Step
@@ -39,15 +41,25 @@ class Built:
     new: nn.Module
     relation: Relation
     locals: Mapping[str, str]
+    unsaved: Mapping[str, tuple[int, ...]]
 
 
 def built_step(model: nn.Module, step: Step, init: str) -> Built:
     source = source_of(model, step.site)
+    unsaved = {
+        name: tuple(source.tensors[role].shape)
+        for role, name in step.site.parameters.items()
+        if is_transient(model, name)
+    }
     old = module_at(model, step.site.path)
     if step.action == "copy":
         new = tree_copy(old, clone=True)
         same = {name: Moved(name) for name in tensors_in(new)}
-        return Built(step, source, old, new, Relation(same), {name: name for name in same})
+        return Built(step, source, old, new, Relation(same), {name: name for name in same}, unsaved)
+    if step.action == "replay":
+        names = _locals(old, step, source.tensors)
+        relation = Relation({role: Moved(role) for role in source.tensors})
+        return Built(step, source, old, replayed(step, source), relation, names, unsaved)
     spec = get(step.to)
     conversion = spec.conversion(step.site.kind)
     if conversion is None:
@@ -59,9 +71,19 @@ def built_step(model: nn.Module, step: Step, init: str) -> Built:
     if step.site.attach == "norm":
         names = _locals(old, step, source.tensors)
         relation = relation_of_norms(conversion, source, names, step.options, init)
-        return Built(step, source, old, new, relation, names)
+        return Built(step, source, old, new, relation, names, unsaved)
     relation = relation_of_layers(old, new)
-    return Built(step, source, old, new, relation, {name: name for name in tensors_in(old)})
+    names = {name: name for name in tensors_in(old)}
+    return Built(step, source, old, new, relation, names, unsaved)
+
+
+def replayed(step: Step, source: Source) -> nn.Module:
+    site = step.site
+    if site.call is None or not site.call.operations:
+        raise UsageError(
+            f"{site.label}: the plan has no operations to replay. Make a new plan with inputs."
+        )
+    return Replay(source, site.call.operations, parse_dtype(site.dtype or "float32"))
 
 
 def _locals(old: nn.Module, step: Step, tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -94,6 +116,7 @@ def note(
             computed = name in item.relation.computed
             made = (Made(join(p, prefix + name), position, name, computed) for p in aliases)
             entries.made += made
+            entries.unsaved.update(item.unsaved)
             continue
         gone.add(old_name)
         for path in aliases:
@@ -141,7 +164,7 @@ def came_from(item: Built) -> Iterator[tuple[Tensor, float, list[list[str]]]]:
 
 
 def _old_tensor(item: Built, moved: Moved) -> Tensor | None:
-    if item.step.action == "swap" and item.step.site.attach == "norm":
+    if item.step.action != "copy" and item.step.site.attach == "norm":
         return item.source.tensors.get(moved.role)
     return tensors_in(item.old).get(moved.role)
 

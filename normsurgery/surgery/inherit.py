@@ -46,18 +46,19 @@ def inherit_tensors(
 ) -> None:
     """requires_grad, attributes set on a parameter, and whether a buffer is saved.
 
-    A parameter that did not move is trained if the old norm was: frozen norms stay frozen.
+    A parameter that did not move is as the conversion made it, but in a frozen norm it is frozen.
     """
     affine = [tensors[role] for role in ("weight", "bias") if role in tensors]
     trained = any(tensor.requires_grad for tensor in affine) if affine else True
     for name, parameter in new.named_parameters():
         origin = tensor_in(old, moved[name]) if name in moved else None
         if parameter.is_floating_point():
-            parameter.requires_grad_(trained if origin is None else origin.requires_grad)
+            as_made = parameter.requires_grad and trained
+            parameter.requires_grad_(as_made if origin is None else origin.requires_grad)
         if isinstance(origin, nn.Parameter):
             vars(parameter).update(vars(origin))
     for name, _ in new.named_buffers():
-        if name in moved and _is_transient(old, moved[name]):
+        if name in moved and is_transient(old, moved[name]):
             owner, local = _owner(new, name)
             owner._non_persistent_buffers_set.add(local)
 
@@ -81,6 +82,15 @@ def hooks(old: nn.Module, new: nn.Module) -> None:
         vars(new)[registry] = merged
     if vars(old).get("_is_full_backward_hook") is not None:
         new._is_full_backward_hook = old._is_full_backward_hook
+
+
+def hooked_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters with a hook of their own, by name."""
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
+    }
 
 
 def _rebound(hook: Any, old: nn.Module, new: nn.Module) -> Any:
@@ -139,6 +149,7 @@ def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     return module.get_submodule(path), local
 
 
-def _is_transient(module: nn.Module, name: str) -> bool:
+def is_transient(module: nn.Module, name: str) -> bool:
+    """Whether `name` is a buffer that a state_dict does not hold."""
     owner, local = _owner(module, name)
     return local in owner._non_persistent_buffers_set

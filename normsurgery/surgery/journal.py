@@ -42,6 +42,7 @@ class Journal:
         self._before = [_remember(module) for module in model.modules()]
         self._changes: list[_Change] = []
         self._classes: list[tuple[nn.Module, type[nn.Module]]] = []
+        self._held: list[tuple[Any, str, Any]] = []
 
     def close(self) -> None:
         for before in self._before:
@@ -59,6 +60,11 @@ class Journal:
                 if old.get(name, _ABSENT) is not new.get(name, _ABSENT):
                     self._changes.append(_Change(module, home, name, old.get(name, _ABSENT)))
 
+    def watch(self, holder: Any, name: str) -> None:
+        """Also put back an attribute of an object that is no module (None: nothing)."""
+        if holder is not None:
+            self._held.append((holder, name, getattr(holder, name, _ABSENT)))
+
     def undo(self) -> nn.Module:
         """Put every changed entry back, in the old order; returns the old root."""
         for module, cls in self._classes:
@@ -69,6 +75,11 @@ class Journal:
                 home.pop(change.name, None)
             else:
                 home[change.name] = change.value
+        for holder, name, value in self._held:
+            if value is not _ABSENT:
+                setattr(holder, name, value)
+            elif hasattr(holder, name):
+                delattr(holder, name)
         for before in self._before:
             before.module._non_persistent_buffers_set |= before.transient
             for home_name, old in before.registries.items():

@@ -18,6 +18,7 @@ from normsurgery.surgery.relation import tensors_in
 from normsurgery.surgery.source import build
 
 StateDict = Mapping[str, Tensor]
+STAND_INS = (1.0, 2.0)  # positive, so that a variance is one
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,15 @@ class KeyMap:
     """Old state_dict keys to new ones, in both directions; keys it does not name are unchanged.
 
     A tied tensor has an entry for each of its names. `dropped` old keys have no exact counterpart:
-    they vanish, or only something computed from them is left.
+    they vanish, or only something computed from them is left. `unsaved` are the buffers of swapped
+    norms that a state_dict does not hold (persistent=False), with their shapes.
     """
 
     plan: Plan
     moved: tuple[Move, ...] = ()
     made: tuple[Made, ...] = ()
     dropped: tuple[str, ...] = ()
+    unsaved: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def created(self) -> tuple[str, ...]:
@@ -68,7 +71,8 @@ class KeyMap:
         """A state_dict of the old model as one of the new model.
 
         What the swap computes from old values is computed again from these, so that swapping a
-        loaded model and loading a swapped model give the same. Raises UsageError for a missing key.
+        loaded model and loading a swapped model give the same. Raises UsageError for a missing key,
+        and where a new value is computed from a buffer that is not saved.
         """
         self._require(state_dict, [move.old for move in self.moved], "the old model")
         gone = {move.old for move in self.moved if not move.kept} | set(self.dropped)
@@ -78,7 +82,7 @@ class KeyMap:
         built: dict[int, dict[str, Tensor]] = {}
         for made in self.made:
             if made.step not in built:
-                built[made.step] = self._rebuilt(self.plan.steps[made.step], state_dict)
+                built[made.step] = self._made_by(made.step, state_dict)
             loaded[made.new] = built[made.step][made.name]
         return loaded
 
@@ -127,6 +131,7 @@ class KeyMap:
             "moved": [asdict(move) for move in self.moved],
             "made": [asdict(made) for made in self.made],
             "dropped": list(self.dropped),
+            "unsaved": {name: list(shape) for name, shape in self.unsaved.items()},
         }
 
     @classmethod
@@ -136,6 +141,7 @@ class KeyMap:
             tuple(Move(**item) for item in data["moved"]),
             tuple(Made(**item) for item in data["made"]),
             tuple(data["dropped"]),
+            {name: tuple(shape) for name, shape in data.get("unsaved", {}).items()},
         )
 
     def _require(self, state_dict: StateDict, keys: Iterable[str], whose: str) -> None:
@@ -146,9 +152,38 @@ class KeyMap:
                 f"It has {_listed(list(state_dict))}."
             )
 
+    def _made_by(self, number: int, state_dict: StateDict) -> dict[str, Tensor]:
+        """The tensors of one step's new module, of which those in `made` are right.
+
+        A buffer that is not saved is stood in for by two different values: what comes out different
+        would need the real one.
+        """
+        step = self.plan.steps[number]
+        names = step.site.parameters.values()
+        unsaved = [name for name in names if name in self.unsaved and name not in state_dict]
+        self._require(state_dict, [name for name in names if name not in unsaved], "the old model")
+        if not unsaved:
+            return self._rebuilt(step, state_dict)
+        like = next((t for t in state_dict.values() if t.is_floating_point()), torch.ones(()))
+        first, second = (
+            self._rebuilt(
+                step,
+                {**state_dict, **{n: like.new_full(self.unsaved[n], value) for n in unsaved}},
+            )
+            for value in STAND_INS
+        )
+        made = [made for made in self.made if made.step == number]
+        lost = [item.new for item in made if not torch.equal(first[item.name], second[item.name])]
+        if lost:
+            raise UsageError(
+                f"{_listed(lost)} of the new model are computed from {_listed(unsaved)}, which the "
+                "old model does not save (persistent=False). Load the state_dict into the old "
+                "model and swap that."
+            )
+        return first
+
     def _rebuilt(self, step: Step, state_dict: StateDict) -> dict[str, Tensor]:
         conversion = get(step.to).conversion(step.site.kind)
-        self._require(state_dict, step.site.parameters.values(), "the old model")
         tensors = {role: state_dict[name] for role, name in step.site.parameters.items()}
         if conversion is None:
             raise UsageError(f"there is no conversion from {step.site.kind} to {step.to} any more.")
@@ -197,10 +232,12 @@ class Entries:
     moved: list[Move] = field(default_factory=list)
     made: list[Made] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
+    unsaved: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def keymap(self, plan: Plan) -> KeyMap:
         moved = tuple(m for m in self.moved if m.old != m.new or m.offset != 0.0)
-        return KeyMap(plan, moved, tuple(self.made), tuple(dict.fromkeys(self.dropped)))
+        dropped = tuple(dict.fromkeys(self.dropped))
+        return KeyMap(plan, moved, tuple(self.made), dropped, self.unsaved)
 
 
 def _shifted(tensor: Tensor, offset: float) -> Tensor:

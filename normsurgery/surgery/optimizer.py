@@ -29,15 +29,21 @@ def carried_state(
         moved: old parameter name -> new one; a name it does not have is unchanged.
         changed: new parameters whose value is not an old one; they start with an empty state.
         names: parameter names of each group of a state_dict that has several groups and no
-            `param_names` (torch writes them where the optimizer was given named parameters).
+            `param_names` (torch writes them where the optimizer was given named parameters). A
+            state_dict of one group without names is taken to be in the order of the old model.
 
-    Within each group parameters stand in the order of `new_model.parameters()`. A new parameter
-    joins the group that holds most parameters of the module it took the place of, else of the
-    nearest module around it. Raises UsageError where it is not known which parameter an entry is.
+    A group in the order of `old_model.parameters()` comes back in that of `new_model.parameters()`.
+    Any other group keeps its own order: each parameter stands where the one it came from stood, and
+    new ones stand behind, so build the new optimizer in that order. A new parameter joins the group
+    that holds most parameters of the module it took the place of, else of the nearest module around
+    it. Raises UsageError where it is not known which parameter an entry is.
     """
     old_groups = _group_names(state, old_model, names)
     saved = state.state_dict() if isinstance(state, torch.optim.Optimizer) else state
-    new_groups = _assigned(old_groups, new_model, moved)
+    new_groups = [
+        _in_order(members, group, old_model, moved)
+        for members, group in zip(_assigned(old_groups, new_model, moved), old_groups, strict=True)
+    ]
     entries = _entries(saved, old_groups, old_model)
     came_from = {moved.get(name, name): name for group in old_groups for name in group}
     result: dict[str, Any] = {"state": {}, "param_groups": []}
@@ -141,6 +147,20 @@ def _assigned(
         elif parameter.requires_grad:
             groups[_nearest_group(name, {**old_group_of, **group_of})].append(name)
     return groups
+
+
+def _in_order(
+    members: Sequence[str],
+    old_group: Sequence[str],
+    old_model: nn.Module,
+    moved: Mapping[str, str],
+) -> list[str]:
+    """`members`, which are in the order of the new model, in the order of the old group."""
+    wanted = set(old_group)
+    if list(old_group) == [name for name, _ in old_model.named_parameters() if name in wanted]:
+        return list(members)
+    place = {moved.get(name, name): number for number, name in enumerate(old_group)}
+    return sorted(members, key=lambda name: place.get(name, len(place)))
 
 
 def _nearest_group(name: str, group_of: Mapping[str, int]) -> int:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import fx, nn
 
 from normsurgery.errors import CannotRead, CannotRewrite, UsageError
+from normsurgery.norms.weightstandardization import is_standardized, take_off
 from normsurgery.plan import Plan, Step
 from normsurgery.surgery.application import apply
 from normsurgery.surgery.owner import Placement, is_rewritten, reapply, restore
+from normsurgery.surgery.remember import remember
 from normsurgery.surgery.source import module_at
 from normsurgery.treecopy import tree_copy
 
@@ -34,28 +37,40 @@ def rebuild(model: nn.Module, plan: Plan | Report) -> nn.Module:
             f"{refused.path} of {made.model} cannot be made again: {refused.reason}. The plan was "
             f"made with {_versions(made)}; use these versions, or swap the original model again."
         )
+    remember(applied.model, made)
     return applied.model
 
 
 def restore_originals(model: nn.Module) -> nn.Module:
-    """A copy of a swapped model in which every rewritten owner has its original class again.
+    """A copy of a swapped model without what no pickle can hold; `restore_rewrites` undoes it.
 
-    Its tensors are shared with `model`. It can be pickled, and does not run: the old forwards look
-    for tensors that have moved. `restore_rewrites` makes it run again.
+    Every rewritten owner has its original class again, and does not run: its old forward looks for
+    tensors that have moved. Every standardized weight is the raw one in a plain layer. The copy
+    shares its other tensors with `model`.
     """
     copied = tree_copy(model)
     for module in copied.modules():
         if is_rewritten(module):
             restore(module)
+        if is_standardized(module):
+            take_off(module, baked=False)
     return copied
 
 
+def holds_rewrites(model: nn.Module) -> bool:
+    """Whether the model has something that `restore_originals` takes back."""
+    return any(is_rewritten(module) or is_standardized(module) for module in model.modules())
+
+
 def restore_rewrites(model: nn.Module, plan: Plan | Report) -> nn.Module:
-    """Rewrite the forwards of a model that `restore_originals` made, in place; returns the model.
+    """Make again what `restore_originals` took back, in place; returns the model.
 
     Raises CannotRead where a forward is written differently than when the plan was made.
     """
     made = plan if isinstance(plan, Plan) else plan.plan
+    weights = tuple(step for step in made.steps if step.site.attach == "weight")
+    if weights:
+        model = apply(model, replace(made, steps=weights), None).model
     calls = [step for step in made.steps if step.site.form != "module"]
     for path in dict.fromkeys(step.site.path for step in calls):
         owner = module_at(model, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -9,10 +10,12 @@ from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from normsurgery.artefacts.checkpoints import CONFIG_KEY
 from normsurgery.errors import NormsurgeryError, UsageError
 from normsurgery.plan import Init, Plan, check_promise, versions
 from normsurgery.plan import plan as make_plan
@@ -21,9 +24,11 @@ from normsurgery.selection import Rule, as_rules
 from normsurgery.spec import Fidelity, get
 from normsurgery.surgery.application import Applied, apply
 from normsurgery.surgery.calls import recorded_calls
+from normsurgery.surgery.inherit import hooked_parameters
 from normsurgery.surgery.journal import Journal
 from normsurgery.surgery.keymap import KeyMap
 from normsurgery.surgery.programs import apply_to_program
+from normsurgery.surgery.remember import config_of, remember
 from normsurgery.surgery.statistics import estimate_statistics
 from normsurgery.surgery.wrapped import unwrapped
 from normsurgery.survey import Survey, renumbered
@@ -67,10 +72,18 @@ def swap(
     refused, PromiseBroken where a step promises less than `require`, CannotTrace where the
     model does not run on the inputs that were given. A promise that was measured and broken is in
     the report.
+
+    To find and to measure, copies of the model run some tens of times, hooks included: a hook that
+    writes outside the model sees these runs. Hooks on a parameter itself (`Tensor.register_hook`)
+    stay with that parameter, as with `copy.deepcopy`; the report names those that are not on the
+    changed model.
     """
     rules = (rules,) if isinstance(rules, (str, Rule)) else tuple(rules)
-    if plan is not None and (to is not None or rules or kind is not None or only or exclude):
-        raise UsageError("a plan is complete: leave out the target, the rules, the selection.")
+    chosen = to is not None or rules or kind is not None or only or exclude or options
+    if plan is not None and (chosen or init != "copy"):
+        raise UsageError(
+            "a plan is complete: leave out the target, rules, selection, options and init."
+        )
     decide = partial(
         make_plan,
         to=to,
@@ -107,6 +120,7 @@ class _Request:
 
 def _swap_module(model: nn.Module, request: _Request) -> tuple[nn.Module, Report]:
     inner, notes = unwrapped(model)
+    hooked = hooked_parameters(inner)
     with _random_state_kept(inner):
         example, missing = _example(inner, request.inputs)
         plan, found = _planned(inner, inner, request, example)
@@ -118,6 +132,10 @@ def _swap_module(model: nn.Module, request: _Request) -> tuple[nn.Module, Report
         evidence, unmeasured = _measured(
             original, applied.model, applied.plan, applied.keymap, example, request
         )
+    if journal is not None:
+        journal.watch(config_of(model), CONFIG_KEY)
+    remember(applied.model, applied.plan)
+    notes += _left_hooks(hooked, applied.model)
     report = Report(
         verb="swap",
         plan=applied.plan,
@@ -228,6 +246,8 @@ def _measured(
 
     if inputs is None:
         return None, ()
+    if any(tensor.is_meta for tensor in (*original.parameters(), *original.buffers())):
+        return None, ("not measured: the model has no values (meta device)",)
     names = {move.old: move.new for move in keymap.moved if move.offset == 0.0}
     try:
         return measure(original, changed, plan, inputs, names=names), ()
@@ -237,8 +257,26 @@ def _measured(
         return None, (f"not measured: {error}",)
 
 
+def _left_hooks(hooked: Mapping[str, Tensor], changed: nn.Module) -> tuple[str, ...]:
+    """A note on the hooked parameters that the changed model does not have as they were."""
+    present = {id(parameter) for parameter in changed.parameters()}
+    left = [name for name, parameter in hooked.items() if id(parameter) not in present]
+    if not left:
+        return ()
+    return (
+        f"hooks registered on {', '.join(left)} stay with the old parameters: "
+        "register them on the new ones",
+    )
+
+
 @contextmanager
 def _random_state_kept(model: nn.Module) -> Iterator[None]:
+    """Leave the state of Python's, numpy's and torch's generators as it was."""
     devices = {tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(devices, key=str)):
-        yield
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=sorted(devices, key=str)):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)

@@ -14,9 +14,14 @@ from normsurgery.errors import CannotRead, UsageError
 def unwrapped(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
     """The module to operate on, and what to say about it.
 
-    Raises UsageError for a distributed wrapper, a fully sharded or a TorchScript model; CannotRead
-    for one whose lazy parameters have no shape yet.
+    Raises UsageError for what is no module, for a distributed wrapper, a fully sharded or a
+    TorchScript model; CannotRead for one whose lazy parameters have no shape yet.
     """
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"the model is a {type(model).__name__}. Give a torch.nn.Module, a fx.GraphModule or "
+            "an ExportedProgram; normsurgery.artefacts.load(path).model is the one in a file."
+        )
     notes: tuple[str, ...] = ()
     if isinstance(model, torch._dynamo.OptimizedModule):
         model = model._orig_mod

@@ -28,6 +28,9 @@ def install(owner: nn.Module, rewriting: Rewriting, modules: Mapping[str, nn.Mod
         raise CannotRewrite(f"its class cannot be subclassed for one instance: {error}") from error
     for name in rewriting.moved:
         _remove(owner, name)
+    for path in dict.fromkeys(name.rpartition(".")[0] for name in rewriting.moved):
+        if path and _is_empty(owner.get_submodule(path)):
+            owner.set_submodule(path, Emptied(owner.get_submodule(path)))
     for name, module in modules.items():
         owner.add_module(name, module)
 
@@ -45,6 +48,36 @@ def is_rewritten(module: nn.Module) -> bool:
 def restore(owner: nn.Module) -> None:
     """Give a rewritten owner its original class back (its tensors are the caller's to restore)."""
     owner.__class__ = original_class(owner)
+
+
+class Emptied(nn.Module):
+    """What stays of a module that only lent its tensors to its owner's forward: its settings.
+
+    A call raises UsageError; the norm that has the tensors now is called in its owner's forward.
+    """
+
+    def __init__(self, former: nn.Module) -> None:
+        super().__init__()
+        internals = vars(nn.Module())
+        settings = {n: v for n, v in vars(former).items() if n not in internals}
+        vars(self).update(settings)
+        self.train(former.training)
+        for name, buffer in former.named_buffers(recurse=False):  # a counter nobody advances
+            self.register_buffer(name, buffer)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise UsageError(
+            "this module is empty: its tensors moved to the norm that its owner calls now. "
+            "Call that one."
+        )
+
+    def extra_repr(self) -> str:
+        return "its tensors moved to the norm that its owner calls"
+
+
+def _is_empty(module: nn.Module) -> bool:
+    held = any(tensor.is_floating_point() for tensor in (*module.parameters(), *module.buffers()))
+    return not held and not any(True for _ in module.children())
 
 
 def _remove(owner: nn.Module, dotted: str) -> None:
@@ -69,6 +102,12 @@ def _subclass(original: type[nn.Module], rewriting: Rewriting) -> type[nn.Module
     def shallow_copy(self: nn.Module) -> nn.Module:
         return _rebuilt(self, original, None)
 
+    def describe(self: nn.Module) -> str:
+        try:
+            return original.extra_repr(self)
+        except AttributeError:  # it tells of tensors that have moved
+            return "its norm is called by its forward"
+
     def load(
         self: nn.Module,
         state_dict: dict[str, Any],
@@ -88,6 +127,7 @@ def _subclass(original: type[nn.Module], rewriting: Rewriting) -> type[nn.Module
         "forward": rewriting.forward,
         "__reduce_ex__": refuse_pickle,
         "_load_from_state_dict": load,
+        "extra_repr": describe,
     }
     if not hasattr(original, "__deepcopy__"):
         namespace["__deepcopy__"] = deep_copy
