@@ -6,7 +6,7 @@ Each configuration is shrunk by general rules (fewer layers, narrower, a smaller
 with random weights, and run on inputs made from its main input's name. What `find` reports is then
 compared with the ATen recorder of the tests, which shares no code with it:
 
-    found     in every module the same kinds, called as often, and no Skip
+    found     in every module the same kinds (families, see FAMILY), called as often, and no Skip
     skipped   the same but for modules that have a Skip with a reason
     wrong     anything else
     crashed   `find` raised, or took longer than the limit
@@ -46,6 +46,9 @@ from torch import Tensor, nn
 
 import normsurgery as ns
 
+# The recorder names a norm by its operations. One function may go by two names: a layer norm over
+# channels that come second, a length times a constant, a group norm of one group.
+FAMILY = {"layernorm2d": "layernorm", "l2norm": "rmsnorm", "layernorm_chw": "groupnorm"}
 STATUSES = ("found", "skipped", "wrong", "crashed", "unbuilt")
 
 
@@ -113,12 +116,16 @@ def judged(name: str, model: nn.Module, truth: Record, survey: ns.Survey) -> Res
 
 
 def _recorded(model: nn.Module, truth: Record) -> defaultdict[str, Counter[str]]:
-    """Calls by kind of what ran in each module."""
+    """Calls by kind of what ran in each module.
+
+    A norm that some calls give an activation and others a weight (learned queries) is one Site.
+    """
     paths = {id(module): path for path, module in model.named_modules()}
     counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    active = {id(norm.owner) for norm in truth.norms if norm.attach == "norm"}
     for norm in truth.norms:
-        if norm.attach == "norm":
-            counts[paths.get(id(norm.owner), "")][norm.kind] += 1
+        if id(norm.owner) in active:
+            counts[paths.get(id(norm.owner), "")][FAMILY.get(norm.kind, norm.kind)] += 1
     return counts
 
 
@@ -126,7 +133,7 @@ def _reported(survey: ns.Survey) -> defaultdict[str, Counter[str]]:
     counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for site in survey.sites:
         if site.attach == "norm" and site.calls:
-            counts[site.path][site.kind] += site.calls
+            counts[site.path][FAMILY.get(site.kind, site.kind)] += site.calls
     return counts
 
 

@@ -1,0 +1,74 @@
+"""Rules for the whole run: one thread per worker, and no skip that is not on the committed list."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+from functools import cache
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+from hypothesis import settings
+
+ALLOWED_SKIPS = Path(__file__).with_name("allowed_skips.txt")
+
+settings.register_profile("normsurgery", deadline=None, derandomize=True)
+settings.load_profile("normsurgery")
+
+
+@cache
+def allowed_skips() -> dict[str, str]:
+    """Node id (with or without parameters) -> the reason it may be skipped with."""
+    lines = ALLOWED_SKIPS.read_text(encoding="utf-8").splitlines()
+    entries = (line.split("|", 1) for line in lines if line.strip() and not line.startswith("#"))
+    return {name.strip(): reason.strip() for name, reason in entries}
+
+
+def is_allowed(node_id: str, reason: str) -> bool:
+    listed = allowed_skips().get(node_id) or allowed_skips().get(node_id.split("[", 1)[0])
+    return listed is not None and listed in reason
+
+
+def reason_of(report: pytest.CollectReport | pytest.TestReport) -> str:
+    if isinstance(report.longrepr, tuple):
+        return str(report.longrepr[2])
+    return str(getattr(report, "wasxfail", report.longrepr))
+
+
+def fail_unlisted(report: pytest.CollectReport | pytest.TestReport) -> None:
+    if not report.skipped or is_allowed(report.nodeid, reason_of(report)):
+        return
+    report.outcome = "failed"
+    report.longrepr = (
+        f"{report.nodeid} was skipped or xfailed ({reason_of(report)}) and is not in "
+        f"tests/{ALLOWED_SKIPS.name} with that reason"
+    )
+    report.__dict__.pop("wasxfail", None)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    fail_unlisted(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    fail_unlisted(report)
+    return report
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    for item in marked:
+        item.add_marker(pytest.mark.skip(reason="no CUDA device"))
