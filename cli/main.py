@@ -10,7 +10,7 @@ import typer
 from . import options as o
 from . import render
 from .opening import batches, example_inputs, named_values, open_model, open_pair, output_path
-from .session import one_sentence_errors, progress
+from .session import one_sentence_errors, progress, quiet_libraries
 
 app = typer.Typer(
     name="normsurgery",
@@ -81,9 +81,6 @@ def swap(
 
         from . import swapping
 
-        loaded = open_model(model, arguments, weights, trust)
-        target = output_path(loaded, to, out, force=force or dry_run)
-        example = example_inputs(inputs, loaded.model)
         wanted: dict[str, Any] = {
             "rules": rules or (),
             "kind": kind,
@@ -93,8 +90,12 @@ def swap(
             "init": init,
             "require": require,
         }
+        ready = swapping.ready_plan(to, plan, save_plan, **wanted)
+        loaded = open_model(model, arguments, weights, trust)
+        target = output_path(loaded, to, out, force=force or dry_run)
+        example = example_inputs(inputs, loaded.model)
         if dry_run:
-            made = swapping.planned(loaded.model, to, plan, example, **wanted)
+            made = ready or swapping.planned(loaded.model, to, example, **wanted)
             swapping.keep_plan(made, save_plan)
             return render.plan(made, as_json)
         given: Any = loaded.model
@@ -102,7 +103,7 @@ def swap(
             changed, report = ns.swap(
                 given,
                 to,
-                plan=ns.Plan.load(plan) if plan else None,
+                plan=ready,
                 calibrate=batches(calibrate),
                 inputs=example,
                 **wanted,
@@ -190,6 +191,7 @@ def run() -> None:
     """Run the command line on `sys.argv`; ends the process with its exit code."""
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly where `| head` has seen enough
+    quiet_libraries()
     app(prog_name="normsurgery")
 
 

@@ -94,10 +94,10 @@ def batches(texts: Sequence[str] | None) -> list[Inputs] | None:
 
 
 def output_path(loaded: Loaded, to: str | None, out: Path | None, *, force: bool) -> Path:
-    """Where to write; raises UsageError now, and not after minutes, if something is there."""
+    """Where to write; raises UsageError now, and not after minutes, where that cannot be done."""
+    from normsurgery.artefacts.saving import check_target
     from normsurgery.spec import canonical
 
     path = out or loaded.output(canonical(to) if to else "swapped")
-    if path.exists() and not force:
-        raise UsageError(f"{path} exists already. Give another name with -o, or --force.")
+    check_target(path, force=force)
     return path

@@ -161,7 +161,12 @@ def _measured(measured: Evidence) -> None:
     told = ", ".join(f"{count} {word}" for word, count in counts if count)
     promise = f"promised {measured.promise.lower()}; " if measured.promise else ""
     verdict = "passed" if measured.passed else "FAILED"
-    print(f"{verdict}: {promise}{told or 'no output had to stay the same'}")
+    none = "no output had to stay the same" if measured.passed else "0 passed"
+    print(f"{verdict}: {promise}{told or none}")
+    in_the_table = set(map(str, measured.comparisons))
+    for failure in measured.failures:
+        if failure not in in_the_table:
+            print(f"failed: {failure}")
     if measured.drifts:
         headers = ["output", "on the input", "relative change", "top-1 agrees"]
         table(headers, [_drift_row(drift) for drift in measured.drifts])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Event, Thread
@@ -18,6 +20,17 @@ PATIENCE = 2.0  # seconds that pass before a person wants to know what takes so 
 def note(text: str) -> None:
     """Say something beside the result: on stderr, so that a pipe gets the result alone."""
     print(text, file=sys.stderr, flush=True)
+
+
+def quiet_libraries() -> None:
+    """Keep off stderr what libraries say to their developers, and progress bars beside ours.
+
+    Whoever sets HF_HUB_DISABLE_PROGRESS_BARS, or asks Python for warnings, gets them. To be called
+    before transformers is imported, which reads the variable then.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore", FutureWarning)
 
 
 @contextmanager

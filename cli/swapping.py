@@ -17,22 +17,62 @@ if TYPE_CHECKING:
     from normsurgery.inputs import Inputs
     from normsurgery.plan import Plan
     from normsurgery.report import Report
+    from normsurgery.selection import Rule
 
 _CHOICES = ("rules", "kind", "only", "exclude", "options")
 
 
-def planned(
-    model: Any, to: str | None, file: Path | None, example: Inputs | None, **wanted: Any
-) -> Plan:
-    """The plan that `swap` would carry out: of a file, or made from what is wanted."""
+def ready_plan(
+    to: str | None, file: Path | None, save_plan: Path | None, **wanted: Any
+) -> Plan | None:
+    """The plan of a file, or None where one is to be made from what is wanted.
+
+    Whatever is wrong with the words whichever model is meant is told here, before one is loaded.
+    Raises UsageError, UnknownName.
+    """
+    from normsurgery.artefacts.saving import check_folder
+    from normsurgery.plan import Plan
+    from normsurgery.selection import as_rules
+    from normsurgery.spec import Fidelity, canonical
+
+    if save_plan is not None:
+        check_folder(save_plan)
+    if wanted["require"] is not None:
+        Fidelity.parse(wanted["require"])
+    if file is not None:
+        chosen = to is not None or any(wanted[name] for name in _CHOICES)
+        if chosen or wanted["init"] != "copy":
+            raise UsageError(
+                "a plan is complete: leave out the target, rules, selection, options and init."
+            )
+        return Plan.load(file)
+    if wanted["kind"] is not None:
+        canonical(wanted["kind"])
+    for rule in as_rules(to, wanted["rules"], wanted["options"]):
+        _check_option_names(rule)
+    return None
+
+
+def _check_option_names(rule: Rule) -> None:
+    """Raise UsageError for an option that no conversion to the rule's norm takes."""
+    from normsurgery.spec import get
+
+    if not rule.options:
+        return
+    conversions = get(rule.to).conversions.values()
+    valid = dict.fromkeys(name for each in conversions for name in each.option_names())
+    for name in rule.options:
+        if name not in valid:
+            listed = ", ".join(valid) or "none"
+            raise UsageError(f"{rule.to} has no option {name!r}. Valid: {listed}.")
+
+
+def planned(model: Any, to: str | None, example: Inputs | None, **wanted: Any) -> Plan:
+    """The plan that `swap` would make and carry out."""
     import normsurgery as ns
     from normsurgery.surgery import survey_for
     from normsurgery.surgery.wrapped import unwrapped
 
-    if file is not None:
-        if to is not None or any(wanted[name] for name in _CHOICES):
-            raise UsageError("a plan is complete: leave out the target, the rules, the selection.")
-        return ns.Plan.load(file)
     inner, notes = unwrapped(model)
     for text in notes:
         note(text)
