@@ -14,6 +14,10 @@ compared with the ATen recorder of the tests, which shares no code with it:
 
 Every architecture runs in a process of its own with a time limit. Exit code 1 if any is wrong or
 crashed.
+
+transformers 5.23, torch 2.13, CPU, 804 configurations: 476 built; 457 found, 19 skipped, 0 wrong,
+0 crashed. The skips are of norms in a function outside any forward, but for inkling2 and its text
+model, whose norm is clipped and so none of the registered ones.
 """
 
 from __future__ import annotations

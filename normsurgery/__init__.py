@@ -1,4 +1,4 @@
-"""Model surgery on normalization layers: find, swap, fold, export, and prove what was done.
+"""Model surgery on normalization layers: find them, swap them, and prove what was done.
 
 The public words are loaded when first used, so that importing this package does not import torch.
 """

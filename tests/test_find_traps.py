@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from models.spellings import MAPS, SPELLINGS, TOKENS, Expected, Spelling
-from models.spellings.by_hand import RmsUpcast, Tokens, settled
+from models.spellings.by_hand import RmsBySqrtAndDivide, RmsUpcast, Tokens, settled
 from models.spellings.in_forwards import (
     CallsFunctionOfTwo,
     CallsInComprehension,
@@ -272,3 +272,9 @@ def test_a_layer_norm_in_steps_is_not_taken_for_the_rms_norm_of_its_centred_inpu
     """x - mean(x) divided by its root mean square is a layer norm of x, whatever made x."""
     (site,) = ns.find(model(), (example(TOKENS),)).sites
     assert (site.kind, site.settings["eps"]) == ("layernorm", 1e-6)
+
+
+def test_a_norm_that_runs_on_no_tokens_is_proven_all_the_same() -> None:
+    """An audio branch that gets no audio: nothing in, nothing out, and still an RMS norm."""
+    survey = ns.find(Tokens(settled(RmsBySqrtAndDivide(12, 1e-6))), (torch.randn(2, 0, 12),))
+    assert [site.kind for site in survey.sites] == ["rmsnorm"]

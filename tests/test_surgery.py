@@ -286,10 +286,11 @@ def test_a_hook_of_the_old_module_itself_stays_behind() -> None:
 class CallsLayerNorm(nn.Module):
     def __init__(self) -> None:
         super().__init__()
+        self.linear = nn.Linear(8, 8)
         self.weight = nn.Parameter(torch.ones(8))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, (8,), self.weight)
+        return F.layer_norm(self.linear(x), (8,), self.weight)
 
 
 def test_a_call_in_a_model_without_values_is_refused_with_the_reason() -> None:

@@ -101,11 +101,12 @@ def _confirm(outcome: Outcome, swaps: Swapper, target: str) -> None:
     known = [skip.reason for skip in survey.skips]
     reasons = {s.path: reason_of(s.reason) for s in outcome.skips if s.reason not in known}
     for site in survey.sites:
-        refused = reasons.get(site.label)
-        if outcome.swapped == 0:
-            refused = next(iter(outcome.refused))
-        if refused is not None:
-            assert CONFIRMED_BY[refused](swaps.model, site, target), (site.label, refused)
+        refused = {reasons[site.label]} if site.label in reasons else set()
+        if outcome.swapped == 0:  # the error names the reasons, not which site has which
+            refused = set(outcome.refused)
+        if refused:
+            confirmed = [CONFIRMED_BY[reason](swaps.model, site, target) for reason in refused]
+            assert any(confirmed), (site.label, refused)
         elif site.kind != target and site.attach == "norm":
             forbidden = [r for r in DECIDED_BY_SHAPE if CONFIRMED_BY[r](swaps.model, site, target)]
             assert not forbidden or target not in NEED_STATISTICS, (site.label, forbidden)

@@ -63,8 +63,13 @@ def prove_module(
     if key not in cache:
         eps = _small_numbers(recording.ops[call.start : call.end], original)
         run = _module_run(recording, original, call, place)
-        cache[key] = _try(run, shape, tensors, eps, first=_kind_of_class(original))
+        cache[key] = _try(run, _filled(shape), tensors, eps, first=_kind_of_class(original))
     return cache[key]
+
+
+def _filled(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape without empty axes: a model may run a norm on no tokens at all."""
+    return tuple(size or 3 for size in shape)
 
 
 def _kind_of_class(module: nn.Module) -> str | None:

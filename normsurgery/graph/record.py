@@ -33,6 +33,7 @@ from normsurgery.graph.recording import (
     refs_in,
 )
 from normsurgery.inputs import Inputs
+from normsurgery.randomstate import random_state_kept
 from normsurgery.treecopy import tensors_of, tree_copy
 
 
@@ -53,9 +54,9 @@ def record(
     recording = Recording(copied, _paths(copied), training)
     recorder = _Recorder(recording, watched)
     recorder.name_tensors(copied, inputs)
-    state = torch.random.get_rng_state()
     try:
         with ExitStack() as stack:
+            stack.enter_context(random_state_kept(model))
             stack.enter_context(graphs_by_node(copied))
             stack.enter_context(recorder.hooks(copied))
             stack.enter_context(torch.no_grad())
@@ -68,7 +69,6 @@ def record(
             f"these inputs ({type(error).__name__}: {error}). Give inputs it takes (--input)."
         ) from error
     finally:
-        torch.random.set_rng_state(state)
         recorder.close()
     return recording
 

@@ -17,6 +17,7 @@ from normsurgery.errors import CannotTrace
 from normsurgery.inputs import configured
 from normsurgery.inputs.spelling import parse, spell
 from normsurgery.inputs.values import Inputs
+from normsurgery.randomstate import random_state_kept
 from normsurgery.treecopy import tree_copy
 
 BATCH = 2
@@ -78,7 +79,7 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
 
 def _error_of(model: nn.Module, inputs: Inputs) -> str | None:
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), random_state_kept(model):
             inputs.call(model)
     except Exception as error:  # a model may fail on wrong inputs in any way
         lines = str(error).strip().splitlines()

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
@@ -19,6 +15,7 @@ from normsurgery.artefacts.checkpoints import CONFIG_KEY
 from normsurgery.errors import NormsurgeryError, UsageError
 from normsurgery.plan import Init, Plan, check_promise, versions
 from normsurgery.plan import plan as make_plan
+from normsurgery.randomstate import random_state_kept
 from normsurgery.report import Report
 from normsurgery.selection import Rule, as_rules
 from normsurgery.spec import Fidelity, get
@@ -121,7 +118,7 @@ class _Request:
 def _swap_module(model: nn.Module, request: _Request) -> tuple[nn.Module, Report]:
     inner, notes = unwrapped(model)
     hooked = hooked_parameters(inner)
-    with _random_state_kept(inner):
+    with random_state_kept(inner):
         example, missing = _example(inner, request.inputs)
         plan, found = _planned(inner, inner, request, example)
         original = tree_copy(inner, clone=True) if request.inplace else inner
@@ -152,7 +149,7 @@ def _swap_program(program: ExportedProgram, request: _Request) -> tuple[Exported
     if request.inplace or request.calibrate is not None:
         raise UsageError("an exported program is neither edited in place nor calibrated.")
     original = program.module()
-    with _random_state_kept(original):
+    with random_state_kept(original):
         example, missing = _example(program, request.inputs)
         plan, found = _planned(program, original, request, example)
         applied = apply_to_program(program, plan)
@@ -267,16 +264,3 @@ def _left_hooks(hooked: Mapping[str, Tensor], changed: nn.Module) -> tuple[str, 
         f"hooks registered on {', '.join(left)} stay with the old parameters: "
         "register them on the new ones",
     )
-
-
-@contextmanager
-def _random_state_kept(model: nn.Module) -> Iterator[None]:
-    """Leave the state of Python's, numpy's and torch's generators as it was."""
-    devices = {tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"}
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=sorted(devices, key=str)):
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)

@@ -146,7 +146,7 @@ def _check_runs(original: nn.Module, example: Case, seed: int) -> None:
     except Exception as error:  # a model may fail in any way
         raise CannotTrace(
             f"{type(original).__name__} does not run on the inputs {describe(example.inputs)}: "
-            f"{one_line(error)}. Give inputs that it takes."
+            f"{one_line(error).rstrip('.')}. Give inputs that it takes."
         ) from error
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch.fx import Proxy
 from normsurgery import spec
 from normsurgery.errors import CannotRead, CannotRewrite, NormsurgeryError
 from normsurgery.precision import float64_copy, lifted
+from normsurgery.randomstate import random_state_kept
 from normsurgery.spec import Source
 from normsurgery.surgery.owner.install import install
 from normsurgery.surgery.owner.rewriting import (
@@ -62,7 +62,7 @@ def prove(
     """
     if not calls:
         raise CannotRewrite("no call of its forward was recorded to prove a rewriting on")
-    with _random_state_kept():
+    with random_state_kept(owner):
         try:
             original = float64_copy(owner)
         except CannotRead as error:
@@ -143,7 +143,7 @@ def _seed() -> None:
     random.seed(SEED)
     np.random.seed(SEED)
     torch.default_generator.manual_seed(SEED)
-    if _has_cuda():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.manual_seed_all(SEED)
 
 
@@ -151,22 +151,6 @@ def _random_state() -> tuple[Any, ...]:
     """Of every generator that a forward on the CPU may draw from."""
     drawn: Any = np.random.get_state(legacy=True)
     return random.getstate(), drawn[1].tobytes(), drawn[2], torch.default_generator.get_state()
-
-
-def _has_cuda() -> bool:
-    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    states = random.getstate(), np.random.get_state()
-    devices = range(torch.cuda.device_count()) if _has_cuda() else ()
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
 
 
 def _compare(
