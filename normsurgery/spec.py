@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from normsurgery.errors import NormsurgeryError, UnknownName, UsageError
+from normsurgery.optiontypes import wanted_instead
 
 if TYPE_CHECKING:
     import torch
@@ -136,12 +137,16 @@ class Conversion:
         return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "init")
 
     def check_options(self, options: Mapping[str, Any], to: str) -> None:
+        """Raises UsageError for a name that is no option, or a value of the wrong type."""
         valid = self.option_names()
-        for name in options:
+        for name, value in options.items():
             if name not in valid:
                 raise UsageError(
                     f"{to} has no option {name!r}. Valid here: {', '.join(valid) or 'none'}."
                 )
+            wanted = wanted_instead(self.build, name, value)
+            if wanted is not None:
+                raise UsageError(f"{to}: {name} must be {wanted}, not {value!r}.")
 
 
 @dataclass(frozen=True)

@@ -723,3 +723,38 @@ def test_every_model_of_the_find_table_opens_without_trust(tmp_path: Path, name:
     sites = ns.find(loaded, row.inputs()).sites
     found = {site.kind for site in sites if site.attach == "norm"}
     assert found == set(row.within_forwards(row.sites))
+
+
+def test_a_model_that_was_built_is_saved_without_being_loaded_first(tmp_path: Path) -> None:
+    model = randomised(small())
+    inputs = (torch.randn(2, 3, 8, 8),)
+    kind = ns.find(model, inputs).sites[0].kind
+    changed, report = ns.swap(model, kind, inputs=inputs)
+    out, _ = artefacts.save(model, changed, report, tmp_path / "new.pt")
+    assert same_weights(artefacts.load(out).model, changed)
+
+
+def test_python_itself_is_no_package_to_trust(tmp_path: Path) -> None:
+    """`--trust builtins` was offered for `builtins.getattr` and `eval`, and then refused."""
+    with pytest.raises(CannotRead) as caught:
+        config = transformers.MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=97)
+        torch.save(transformers.MambaForCausalLM(config), tmp_path / "m.pt")
+        artefacts.load(tmp_path / "m.pt")
+    assert "--trust" not in str(caught.value) and "--weights" in str(caught.value)
+
+
+def test_weights_beside_their_factory_are_verified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a swap of a factory writes is weights alone; the factory is named on the other side."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "seeded_factory.py").write_text(
+        "import torch\nfrom torch import nn\n\n\ndef make():\n    torch.manual_seed(0)\n"
+        "    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()\n"
+    )
+    loaded = artefacts.load("seeded_factory:make")
+    changed, report = ns.swap(loaded.model, "affine")
+    artefacts.save(loaded, changed, report, tmp_path / "out.safetensors")
+    evidence = ns.verify("seeded_factory:make", tmp_path / "out.safetensors", hard=False)
+    assert evidence.passed
+    sys.modules.pop("seeded_factory", None)

@@ -14,25 +14,35 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from normsurgery import __version__
 from normsurgery.artefacts.checkpoints import RECORD
-from normsurgery.artefacts.loaded import MARK, Loaded
+from normsurgery.artefacts.loaded import MARK, Kind, Loaded
 from normsurgery.artefacts.pickles import first_line
 from normsurgery.errors import UsageError
 
 
 def save(
-    loaded: Loaded, model: Any, report: Any, out: str | Path, *, force: bool = False
+    loaded: Loaded | nn.Module | ExportedProgram,
+    model: Any,
+    report: Any,
+    out: str | Path,
+    *,
+    force: bool = False,
 ) -> tuple[Path, ...]:
     """Write `model`, made from `loaded`, to `out`, and the report to `<out>.report.json`.
 
     The file is of the kind that was loaded: a pickled model, with the same dict around it; an
-    exported program; a directory; a factory's weights as safetensors. `report` is a Report, or its
+    exported program; a directory; a factory's weights as safetensors. A model that was not loaded
+    but built may stand in the place of `loaded`: it is pickled. `report` is a Report, or its
     JSON. Returns the paths written. Raises UsageError if one exists and `force` is not given, or
     if the model cannot be written in that form; what was there before is then untouched.
     """
     out = Path(out)
+    if not isinstance(loaded, Loaded):
+        kind: Kind = "exported" if isinstance(loaded, ExportedProgram) else "pickle"
+        loaded = Loaded(loaded, kind, str(out))
     beside = check_target(out, force=force)
     content = report if isinstance(report, Mapping) else report.to_json()
     plans = (*loaded.plans, content.get("plan"))

@@ -73,7 +73,7 @@ def verify(
     wanted_runners = tuple(dict.fromkeys((*on, *require_runner)))
     missing = {runner: missing_runner(runner) for runner in wanted_runners}
     _refuse_same_file(a, b)
-    a, b = _loaded(a), _loaded(b)
+    a, b = _loaded(a, b), _loaded(b, a)
     original, changed = _module(a), _module(b)
     _refuse_shared_storage(original, changed)
     given = infer(a) if inputs is None else as_inputs(inputs)
@@ -164,17 +164,21 @@ def _activation_bytes(model: nn.Module, inputs: Inputs) -> int:
 
 
 def _checked_modes(modes: Iterable[str]) -> tuple[Mode, ...]:
+    modes = (modes,) if isinstance(modes, str) else tuple(modes)
     for mode in modes:
         if mode not in MODES:
             raise UnknownName("mode", mode, MODES)
     return tuple(mode for mode in MODES if mode in modes)
 
 
-def _loaded(model: Model) -> nn.Module | ExportedProgram:
+def _loaded(model: Model, other: Model | None = None) -> nn.Module | ExportedProgram:
+    """The model of a path. Weights alone are those of the factory that the other side names."""
     if not isinstance(model, (str, Path)):
         return model
     from normsurgery.artefacts import load
 
+    if str(model).endswith(".safetensors") and isinstance(other, str) and ":" in other:
+        return load(other, weights=model).model
     return load(model).model
 
 
