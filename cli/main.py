@@ -110,7 +110,7 @@ def swap(
             )
         swapping.keep_plan(report.plan, save_plan)
         written = swapping.save(loaded, changed, report, target, force=force)
-        following = swapping.next_command(loaded, written, named_values(arguments))
+        following = swapping.next_command(loaded, written, named_values(arguments), trust or ())
         render.report(report, as_json, written, following)
         raise typer.Exit(report.exit_code)
 

@@ -46,18 +46,23 @@ def open_pair(
     weights: Path | None,
     trust: Sequence[str] | None,
 ) -> tuple[Loaded, Loaded]:
-    """Load two models to compare; the factory's arguments and weights go to whichever is one."""
+    """Load two models to compare; the factory's arguments and weights go to whichever is one.
+
+    Weights alone (`.safetensors`) beside a factory are loaded into what that factory makes.
+    """
     from normsurgery.artefacts.factory import is_factory
 
     if a == b or (Path(a).exists() and Path(b).exists() and Path(a).samefile(b)):
         raise UsageError(f"{a} and {b} are the same: comparing it with itself proves nothing.")
-    first, second = (
-        open_model(side, arguments, weights, trust)
-        if is_factory(side)
-        else open_model(side, trust=trust)
-        for side in (a, b)
-    )
-    return first, second
+
+    def opened(side: str, other: str) -> Loaded:
+        if is_factory(side):
+            return open_model(side, arguments, weights, trust)
+        if side.endswith(".safetensors") and is_factory(other):
+            return open_model(other, arguments, Path(side), trust)
+        return open_model(side, trust=trust)
+
+    return opened(a, b), opened(b, a)
 
 
 def named_values(words: Sequence[str] | None) -> dict[str, Any]:

@@ -38,7 +38,8 @@ Trust = Annotated[
     Option(
         "--trust",
         metavar="PACKAGE",
-        help="Also accept module classes of this package in a pickled model. Repeatable.",
+        help="Also accept module classes of this package, installed or in the current folder, in a "
+        "pickled model. Repeatable.",
     ),
 ]
 Attach = Annotated[

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .tables import table
 
 if TYPE_CHECKING:
     from normsurgery.plan import Plan, Step
     from normsurgery.report import Report
+    from normsurgery.surgery.keymap import KeyMap
     from normsurgery.survey import Site, Skip, Survey
     from normsurgery.verify import Comparison, Drift, Evidence
 
     from .catalog import Entry
 
+T = TypeVar("T")
+
 WHOLE_MODEL = "(the model itself)"
+ROWS = 12  # as many passed quantities as are still read one by one
+NAMES = 3  # as many tensors as are named where there are more
+NOT_SELECTED = "not selected"  # the reason that its reader gave, and knows
 
 
 def survey(found: Survey, as_json: bool) -> None:
@@ -57,6 +63,7 @@ def report(
     print(f"{done.plan.model}: {len(done.plan.steps)} changed, {len(done.plan.skips)} left alone")
     _steps(done.plan)
     print()
+    _tensors(done.keymap)
     if done.evidence is None:
         print("nothing was measured")
     else:
@@ -150,19 +157,30 @@ def _skips(left_alone: Sequence[Skip]) -> None:
     if not left_alone:
         return
     print()
-    table(
-        ["left alone", "kind", "why", "hint"],
-        [(skip.path or WHOLE_MODEL, skip.kind, skip.reason, skip.hint) for skip in left_alone],
-    )
+    told = [skip for skip in left_alone if skip.reason != NOT_SELECTED]
+    if told:
+        rows = [(skip.path or WHOLE_MODEL, skip.kind, skip.reason, skip.hint) for skip in told]
+        table(["left alone", "kind", "why", "hint"], rows)
+    if len(told) < len(left_alone):
+        print(f"{len(left_alone) - len(told)} left alone: {NOT_SELECTED}")
+
+
+def _tensors(keymap: KeyMap) -> None:
+    """One line on the state_dict keys that vanish, the first by name, and those that are new."""
+    dropped, created = keymap.dropped, len(keymap.created)
+    more = ", ..." if len(dropped) > NAMES else ""
+    counts = {
+        f"dropped ({', '.join(dropped[:NAMES])}{more})": len(dropped),
+        "created": created,
+        "computed from old ones": len(keymap.made) - created,
+    }
+    told = [f"{n} tensor{'s' * (n > 1)} {what}" for what, n in counts.items() if n]
+    if told:
+        print("; ".join(told))
 
 
 def _measured(measured: Evidence) -> None:
-    counts = ((word, measured.count(word)) for word in ("passed", "failed", "undecided"))
-    told = ", ".join(f"{count} {word}" for word, count in counts if count)
-    promise = f"promised {measured.promise.lower()}; " if measured.promise else ""
-    verdict = "passed" if measured.passed else "FAILED"
-    none = "no output had to stay the same" if measured.passed else "0 passed"
-    print(f"{verdict}: {promise}{told or none}")
+    print(_verdict(measured))
     in_the_table = set(map(str, measured.comparisons))
     for failure in measured.failures:
         if failure not in in_the_table:
@@ -172,7 +190,7 @@ def _measured(measured: Evidence) -> None:
         table(headers, [_drift_row(drift) for drift in measured.drifts])
     if measured.comparisons:
         headers = ["compared", "mode", "on", "verdict", "error", "allowed", "passes at"]
-        rows = [_comparison_row(comparison) for comparison in _worst_of_each(measured)]
+        rows = _comparison_rows(measured.comparisons)
         table([*headers, "worst at", "on the input", "reason"], rows)
     for left in measured.left_out:
         place = " ".join(part for part in (left.where, left.case, left.mode, left.runner) if part)
@@ -180,17 +198,65 @@ def _measured(measured: Evidence) -> None:
     _notes(measured.notes)
 
 
-def _worst_of_each(measured: Evidence) -> list[Comparison]:
-    """For each quantity, mode and runner the comparison that would need the largest tolerance."""
+def _verdict(measured: Evidence) -> str:
+    counts = ((word, measured.count(word)) for word in ("passed", "failed", "undecided"))
+    told = ", ".join(f"{count} {word}" for word, count in counts if count)
+    if measured.passed and not told:
+        return "nothing was promised to stay the same; measured:"
+    promise = f"promised {measured.promise.lower()}; " if measured.promise else ""
+    return f"{'passed' if measured.passed else 'FAILED'}: {promise}{told or '0 passed'}"
+
+
+def _comparison_rows(comparisons: Sequence[Comparison]) -> list[Sequence[object]]:
+    """For each quantity, mode and runner the comparison that would need the largest tolerance.
+
+    Where many passed, those of one sort share a row, which shows the worst of them.
+    """
+    quantities = _grouped(comparisons, lambda c: (c.where, c.quantity, c.mode, c.runner))
+    many = sum(_worst(group).verdict.passed is True for group in quantities) > ROWS
+    if not many:
+        return [_comparison_row(_worst(group)) for group in quantities]
+    return [_shared_row(sort) for sort in _grouped(quantities, _sort)]
+
+
+def _grouped(items: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
+    """Items of the same key together, in the order in which the keys come up."""
+    groups: dict[Hashable, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return list(groups.values())
+
+
+def _sort(quantity: Sequence[Comparison]) -> Hashable:
+    """What quantities that share a row have in common; one that has not passed shares none."""
+    first, passed = quantity[0], _worst(quantity).verdict.passed
+    alone = "" if passed else (first.where, first.quantity)
+    return _word(first), first.mode, first.runner, _same_bits(quantity), alone
+
+
+def _word(comparison: Comparison) -> str:
+    """What is compared: an output, a statistic or a gradient."""
+    return comparison.quantity.partition(" ")[0]
+
+
+def _same_bits(compared: Iterable[Comparison]) -> bool:
+    return all(comparison.verdict.same_bits for comparison in compared)
+
+
+def _worst(compared: Iterable[Comparison]) -> Comparison:
     severity = {True: 0, None: 1, False: 2}
-    worst: dict[tuple[str, ...], Comparison] = {}
-    for item in measured.comparisons:
-        key = (item.where, item.quantity, item.mode, item.runner)
-        verdict = item.verdict
-        before = worst.get(key, item).verdict
-        if (severity[verdict.passed], verdict.factor) >= (severity[before.passed], before.factor):
-            worst[key] = item
-    return list(worst.values())
+    return max(compared, key=lambda c: (severity[c.verdict.passed], c.verdict.factor))
+
+
+def _shared_row(sort: Sequence[Sequence[Comparison]]) -> Sequence[object]:
+    compared = [comparison for quantity in sort for comparison in quantity]
+    row = _comparison_row(_worst(compared))
+    if len(sort) == 1:
+        return row
+    what = f"{len(sort)} {_word(compared[0])}s: "
+    if _same_bits(compared):
+        return (what + "bit for bit", *row[1:-1], "")
+    return (f"{what}at worst {row[0]}", *row[1:])
 
 
 def _comparison_row(comparison: Comparison) -> Sequence[object]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,7 +100,10 @@ def save(
 
 
 def next_command(
-    loaded: Loaded, written: tuple[Path, ...], arguments: Mapping[str, Any]
+    loaded: Loaded,
+    written: tuple[Path, ...],
+    arguments: Mapping[str, Any],
+    trust: Sequence[str] = (),
 ) -> str | None:
     """What to type after a swap that changes the outputs: it opens the model, ready to train."""
     if not written:
@@ -109,6 +112,8 @@ def next_command(
     if loaded.kind == "factory":
         words = [json.dumps(loaded.path), f"weights={words[0]}"]
         words += [f"arguments={dict(arguments)}"] if arguments else []
+    if loaded.kind == "pickle" and trust:
+        words.append(f"trust={list(trust)}")
     ready = "module()" if loaded.kind == "exported" else "train()"
     load = f"artefacts.load({', '.join(words)}).model.{ready}"
     program = f"from normsurgery import artefacts; model = {load}"

@@ -26,8 +26,11 @@ import normsurgery as ns
 from normsurgery.cli import catalog, main, render
 from normsurgery.cli.session import progress
 from normsurgery.errors import UsageError
-from normsurgery.verify import Evidence
+from normsurgery.plan import Plan
+from normsurgery.survey import Skip
+from normsurgery.verify import Comparison, Evidence
 from normsurgery.verify.evidence import LeftOut
+from normsurgery.verify.judge import Verdict
 
 LOADING = {"arguments", "weights", "trust"}
 SHOWING = {"as_json", "debug"}
@@ -273,6 +276,31 @@ def test_rules_make_a_mixed_swap(model_file: Path) -> None:
     assert changed.sites[1].settings["num_groups"] == 8
 
 
+def test_what_was_not_selected_is_counted_and_other_reasons_are_told(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Twenty rows that say what was asked for bury the one that does not."""
+    skips = [Skip(f"layers.{index}", "not selected", kind="batchnorm") for index in range(20)]
+    skips.insert(7, Skip("head", "its owner cannot be rewritten", kind="rmsnorm"))
+    render.plan(Plan("Net", (), tuple(skips)), as_json=False)
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "left alone  kind     why",
+        "head        rmsnorm  its owner cannot be rewritten",
+        "20 left alone: not selected",
+    ]
+
+
+def test_a_swap_tells_which_tensors_vanish_and_which_are_new(model_file: Path) -> None:
+    words = ["swap", model_file, *INPUT, "--out", model_file.with_name("out.pt"), "--force"]
+    merged = run(*words, "--to", "affine", "--kind", "bn").stdout.splitlines()
+    told = "5 tensors dropped (1.bias, 1.num_batches_tracked, 1.running_mean, ...); "
+    assert told + "2 tensors computed from old ones" in merged
+    moved = run(*words, "--to", "bn", "--kind", "gn").stdout
+    assert "3 tensors created" in moved.splitlines()
+    assert "nothing was promised to stay the same; measured:" in moved.splitlines()
+    assert " tensors " not in run(*words, "--to", "gn", "--kind", "gn").stdout
+
+
 def test_a_dry_run_writes_the_plan_alone_and_the_plan_can_be_carried_out(model_file: Path) -> None:
     plan = model_file.with_name("plan.json")
     words = ["swap", model_file, "--to", "groupnorm", "--only", "1", *INPUT]
@@ -437,6 +465,33 @@ def test_a_factory_with_arguments_and_weights(
     assert json.loads(done.stdout)["sites"][0]["settings"]["features"] == 6
 
 
+def test_a_trusted_package_may_lie_in_the_current_folder(tmp_path: Path) -> None:
+    """The command does not run from where `python` would look, so a user's own module is told to
+    be missing. Without the word of trust a file that lies there is not imported."""
+    (tmp_path / "own_layers.py").write_text(
+        "from torch import nn\nprint('imported')\nclass Net(nn.Sequential): pass\n",
+        encoding="utf-8",
+    )
+    save = "import torch, own_layers as own; "
+    save += "torch.save(own.Net(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4)), 'model.pt')"
+    subprocess.run([sys.executable, "-c", save], cwd=tmp_path, check=True, capture_output=True)
+    script = Path(sys.executable).with_name("normsurgery")
+    swap = partial(subprocess.run, cwd=tmp_path, capture_output=True, text=True)
+    words = [script, "swap", "model.pt", "--to", "gn", "--set", "num_groups=2", *INPUT]
+    refused = swap(words)
+    assert refused.returncode == 3
+    assert "imported" not in refused.stdout
+    assert "--trust own_layers" in refused.stderr
+    done = swap([*words, "--trust", "own_layers"])
+    assert done.returncode == 0, done.stderr
+    typed = done.stdout.splitlines()[-1].replace("python -i", sys.executable, 1)
+    again = subprocess.run(
+        f"{typed.removesuffix(chr(39))}; print(model[1])'",
+        shell=True, check=True, cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "GroupNorm(2, 4" in again.stdout
+
+
 def test_verify_tells_the_same_from_another(model_file: Path) -> None:
     same, other = model_file.with_name("same.pt"), model_file.with_name("other.pt")
     torch.save(two_norms(), same)
@@ -462,6 +517,36 @@ def test_why_a_comparison_failed_is_said_where_no_table_shows_it(
         "failed: nothing was compared on cpu in eval mode: the original raises",
         "failed: nothing was compared",
     ]
+
+
+def gradient(index: int, factor: float, case: str = "example", **told: Any) -> Comparison:
+    verdict = Verdict(**{"passed": True, "reason": "", "factor": factor, **told})
+    return Comparison(case, "cpu", "eval", "backward", f"gradient of {index}", verdict)
+
+
+def rows(capsys: pytest.CaptureFixture[str], *comparisons: Comparison) -> list[str]:
+    render.evidence(Evidence(seed=0, comparisons=comparisons), as_json=False)
+    table = [line for line in capsys.readouterr().out.splitlines() if " eval " in line]
+    return [re.split(r"  +", line)[0] for line in table]
+
+
+def test_many_passed_comparisons_share_a_row_and_the_others_keep_theirs(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Among a hundred rows that say the same nobody sees the one that does not."""
+    same = [gradient(index, 0.0, same_bits=True) for index in range(20)]
+    near = [gradient(index, 0.5 if index == 33 else 0.1) for index in range(30, 40)]
+    failed = [gradient(index, 2.0, passed=False) for index in (50, 51)]
+    unknown = [gradient(index, 2.0, passed=None) for index in (60, 61)]
+    once_other = gradient(0, 0.0, "zeros")
+    alone = ["gradient of 50", "gradient of 51", "gradient of 60", "gradient of 61"]
+    assert rows(capsys, *same, *near, *failed, *unknown) == [
+        "20 gradients: bit for bit", "10 gradients: at worst gradient of 33", *alone,
+    ]  # fmt: skip
+    assert rows(capsys, *same, *near, once_other) == [
+        "11 gradients: at worst gradient of 33", "19 gradients: bit for bit",
+    ]  # fmt: skip
+    assert rows(capsys, *same[:12], *failed)[:2] == ["gradient of 0", "gradient of 1"]
 
 
 def test_what_the_table_shows_is_not_said_twice(model_file: Path) -> None:

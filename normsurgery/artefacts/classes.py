@@ -10,20 +10,26 @@ import dataclasses
 import enum
 import importlib
 import importlib.util
+from collections.abc import Collection
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
 from normsurgery.artefacts import allowed
+from normsurgery.artefacts.factory import working_directory_importable
 from normsurgery.artefacts.nodes import Call, Name, New, Program, path_to
 from normsurgery.artefacts.vetting import FIXED_NAMES, Refused, Vetted, is_torch_value, root_class
 
 _TORCHS_OWN_STATE = "torch.nn.modules."
 
 
-def resolve(vetted: Vetted) -> dict[str, Any]:
-    """Import what a judged pickle names and look at every class. Raises Refused."""
+def resolve(vetted: Vetted, trust: Collection[str] = ()) -> dict[str, Any]:
+    """Import what a judged pickle names and look at every class. Raises Refused.
+
+    The packages in `trust` may lie in the working directory; no other is looked for there.
+    """
     program = vetted.program
     root = root_class(program)
     created = {str(node.cls) for node in program.nodes if isinstance(node, New)}
@@ -33,7 +39,9 @@ def resolve(vetted: Vetted) -> dict[str, Any]:
         if not isinstance(node, Name) or str(node) in resolved:
             continue
         name = str(node)
-        value = _look_up(node, program, root)
+        own = node.module.partition(".")[0] in trust
+        with working_directory_importable() if own else nullcontext():
+            value = _look_up(node, program, root)
         if name not in FIXED_NAMES and not is_torch_value(node):
             why = _refuse_class(name, value, name in created, name in called)
             if why:

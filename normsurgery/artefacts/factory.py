@@ -46,7 +46,7 @@ def build(text: str, arguments: Mapping[str, Any]) -> nn.Module:
 def _import(text: str) -> Any:
     module_name, _, qualified = text.partition(":")
     try:
-        with _working_directory_importable():
+        with working_directory_importable():
             value: Any = importlib.import_module(module_name)
     except Exception as error:  # an import may fail in any way
         raise CannotRead(
@@ -79,7 +79,8 @@ def _check_arguments(text: str, factory: Any, arguments: Mapping[str, Any]) -> N
 
 
 @contextmanager
-def _working_directory_importable() -> Iterator[None]:
+def working_directory_importable() -> Iterator[None]:
+    """Let an import find the modules of the working directory, as it does in a script there."""
     here = os.getcwd()
     if here in sys.path or "" in sys.path:
         yield

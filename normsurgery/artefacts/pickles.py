@@ -8,6 +8,7 @@ in the archive can stand in for the one that was judged.
 from __future__ import annotations
 
 import pickle
+import sys
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -38,13 +39,15 @@ _GIT_LFS = b"version https://git-lfs"
 def load_pickled(path: Path, trust: Iterable[str] = ()) -> Any:
     """The object in a file written by `torch.save`, on the CPU.
 
-    `trust` names further packages whose layer and configuration classes are allowed. Raises
-    CannotRead for a foreign or damaged file, and for one that would have to run code to load.
+    `trust` names further packages whose layer and configuration classes are allowed; they may lie
+    in the working directory. Raises CannotRead for a foreign or damaged file, and for one that
+    would have to run code to load.
     """
+    trusted = frozenset(trust)
     with path.open("rb") as file:
         data = read_program(path, file)
         try:
-            names = resolve(vet(data, trust))
+            names = resolve(vet(data, trusted), trusted)
         except MalformedPickle as error:
             raise CannotRead(f"{path}: {error}, so it was not loaded.") from None
         except Refused as refused:
@@ -109,6 +112,8 @@ def _refusal(path: Path, refused: Refused) -> str:
     cure = f"Give the code that builds the model instead: {_factory(refused.root)} --weights {path}"
     if "outside the packages" in refused.why:
         package = refused.what.partition(".")[0]
+        if package in sys.stdlib_module_names:  # no package to trust: what it offers is Python
+            return f"{path}: {refused}, so nothing was loaded. {cure}."
         return (
             f"{path}: {refused}, so nothing was loaded. If you trust that package, add "
             f"--trust {package}. Or: {cure[0].lower()}{cure[1:]}."
