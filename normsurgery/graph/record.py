@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from normsurgery.errors import CannotTrace
+from normsurgery.graph.executed import Tracer
 from normsurgery.graph.nodes import NodeRunner, graphs_by_node
 from normsurgery.graph.positions import span_of
 from normsurgery.graph.recording import (
@@ -36,6 +37,8 @@ from normsurgery.inputs import Inputs
 from normsurgery.randomstate import random_state_kept
 from normsurgery.treecopy import tensors_of, tree_copy
 
+_ASSERTS = torch.ops.aten._assert_tensor_metadata.default
+
 
 def record(
     model: nn.Module,
@@ -43,16 +46,18 @@ def record(
     *,
     training: bool = False,
     watched: frozenset[Callable[..., Any]] = frozenset(),
+    lines: bool = False,
 ) -> Recording:
     """Run a tree copy of `model` once under no_grad and record it.
 
     The user's model, its buffers and the global random state are as before. `watched` are torch
-    functions whose calls are recorded whole. Raises CannotTrace if the model does not run.
+    functions whose calls are recorded whole; `lines` asks for `Recording.executed` as well.
+    Raises CannotTrace if the model does not run.
     """
-    copied = tree_copy(model, clone_buffers=training)
+    copied = tree_copy(model, clone_buffers=True)  # a forward may write them, in eval too
     copied.train(training) if training else _eval_in_place(copied)
     recording = Recording(copied, _paths(copied), training)
-    recorder = _Recorder(recording, watched)
+    recorder = _Recorder(recording, watched, lines)
     recorder.name_tensors(copied, inputs)
     try:
         with ExitStack() as stack:
@@ -62,6 +67,8 @@ def record(
             stack.enter_context(torch.no_grad())
             stack.enter_context(_Functions(recorder))
             stack.enter_context(_Operations(recorder))
+            if recorder.tracer is not None:
+                stack.enter_context(recorder.tracer.tracing())
             inputs.call(copied)
     except Exception as error:  # the user's forward may raise anything
         raise CannotTrace(
@@ -88,10 +95,14 @@ def _paths(model: nn.Module) -> dict[int, tuple[str, ...]]:
 class _Recorder:
     """The state of one recording; the two modes and the module hooks report to it."""
 
-    def __init__(self, recording: Recording, watched: frozenset[Callable[..., Any]]) -> None:
+    def __init__(
+        self, recording: Recording, watched: frozenset[Callable[..., Any]], lines: bool
+    ) -> None:
         self.recording = recording
         self.watched = watched
         self._known: dict[int, int] = {}  # id(tensor) -> value
+        self.tracer = Tracer(self._known) if lines else None
+        recording.executed = self.tracer.executed if self.tracer else None
         # Frames by id; they are kept, so that an id stays theirs.
         self._frames: dict[int, tuple[FrameType, int]] = {}
         self._modules_by_frame: dict[int, tuple[FrameType, nn.Module | None]] = {}
@@ -137,6 +148,8 @@ class _Recorder:
         return tree_map(one, tree)
 
     def operation(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        if func is _ASSERTS:  # reads no element of its tensor
+            return func(*args, **kwargs)
         frames = self._where()
         referred, keywords = self.refer(args), self.refer(dict(kwargs))
         result = func(*args, **kwargs)
@@ -151,11 +164,15 @@ class _Recorder:
             if isinstance(leaf, Tensor)
         )
         self.recording.ops.append(Op(index, func, referred, keywords, outputs, frames, self._call))
+        if self.tracer is not None:
+            self.tracer.operation()
         return result
 
     def function(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
+        if func in _SIZES and id(args[0]) in self._known:
+            self.recording.measured.add(self._known[id(args[0])])
         if func not in self.watched:
             return func(*args, **kwargs)
         frames = self._where()
@@ -252,6 +269,17 @@ class _Recorder:
         }
 
 
+# Functions and properties by which a forward asks for a tensor's size.
+_SIZES = frozenset(
+    {
+        Tensor.shape.__get__,  # type: ignore[attr-defined]
+        Tensor.size,
+        Tensor.numel,
+        Tensor.nelement,
+        Tensor.__len__,
+        Tensor.stride,
+    }
+)
 # Files whose frames stand between a user's expression and the operation it runs.
 _MACHINERY = frozenset(
     {
