@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from normsurgery.artefacts import load_directory as load
     from normsurgery.errors import NormsurgeryError
     from normsurgery.find import find
+    from normsurgery.fold.folding import fold
     from normsurgery.inputs import Inputs
     from normsurgery.plan import Plan, Step, plan
     from normsurgery.report import Report
@@ -36,6 +37,7 @@ _HOMES = {
     "Step": ("normsurgery.plan", "Step"),
     "Survey": ("normsurgery.survey", "Survey"),
     "find": ("normsurgery.find", "find"),
+    "fold": ("normsurgery.fold.folding", "fold"),
     "get": ("normsurgery.spec", "get"),
     "load": ("normsurgery.artefacts", "load_directory"),
     "names": ("normsurgery.spec", "names"),
@@ -60,6 +62,7 @@ __all__ = [
     "Step",
     "Survey",
     "find",
+    "fold",
     "get",
     "load",
     "names",

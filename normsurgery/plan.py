@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from normsurgery.errors import CannotConvert, PromiseBroken, UsageError
+from normsurgery.fold.editjson import edit_from_json, edit_to_json
+from normsurgery.fold.edits import Edit
 from normsurgery.htmltable import html_table
 from normsurgery.jsonfiles import read_json, write_json
 from normsurgery.selection import Rule, as_rules, select
@@ -20,8 +22,15 @@ from normsurgery.survey import Site, Skip, Survey
 if TYPE_CHECKING:
     from torch import nn
 
+    from normsurgery.surgery.surroundings import Surroundings
+
 Init = Literal["copy", "reset"]
 INITS = ("copy", "reset")
+# Rules of a fold that rebuild a layer, and its weights with it.
+BAKED, INFERENCE_FORM = "baked weight", "inference form"
+# The rule of a fold that makes one layer of several, and rewrites the forward that added them up.
+MERGED = "parallel branches"
+LAYER_RULES = frozenset({BAKED, INFERENCE_FORM})
 
 
 @dataclass(frozen=True)
@@ -30,19 +39,23 @@ class Step:
 
     action: "swap" builds the new norm by a conversion. A norm swapped to its own kind changes no
         bit: "copy" puts a copy of the very module in its place, "replay" a module that runs the
-        very operations of a formula.
+        very operations of a formula. "fold" changes other weights by `edits`, and then builds
+        what is left of the norm by a conversion.
     options: complete: what the conversion would choose itself is filled in.
     fidelity: what the step promises.
     child: for a call or a formula, the name under which its owner will hold the new norm.
+    rule: of a fold, the rule that found where the norm goes.
     """
 
     site: Site
     to: str
     options: Mapping[str, Any]
     fidelity: Fidelity
-    action: Literal["swap", "copy", "replay"] = "swap"
+    action: Literal["swap", "copy", "replay", "fold"] = "swap"
     notes: tuple[str, ...] = ()
     child: str = ""
+    rule: str = ""
+    edits: tuple[Edit, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -53,6 +66,8 @@ class Step:
             "fidelity": self.fidelity.name.lower(),
             "notes": list(self.notes),
             "child": self.child,
+            "rule": self.rule,
+            "edits": [edit_to_json(edit) for edit in self.edits],
         }
 
     @classmethod
@@ -65,6 +80,8 @@ class Step:
             action=data["action"],
             notes=tuple(data["notes"]),
             child=data["child"],
+            rule=data.get("rule", ""),
+            edits=tuple(edit_from_json(item) for item in data.get("edits", ())),
         )
 
     def __str__(self) -> str:
@@ -112,7 +129,7 @@ class Plan:
                 init=_checked_init(data["init"]),
                 versions=dict(data["versions"]),
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UsageError(
                 f"this is not a plan: {type(error).__name__}: {error}. "
                 "Make one with --dry-run, or with plan(...).save(path)."
@@ -170,6 +187,8 @@ def plan(
     Raises UsageError where nothing is selected, everything is refused, or an option is unknown;
     CannotConvert where the given options make a site impossible; PromiseBroken for `require`.
     """
+    from normsurgery.surgery.surroundings import Surroundings
+
     chosen_rules = as_rules(to, rules, options or {})
     _checked_init(init)
     if not survey.sites:
@@ -178,12 +197,13 @@ def plan(
     steps: list[Step] = []
     skips: list[Skip] = []
     refused: list[Skip] = []
+    around = Surroundings(model)
     for site in survey.sites:
         rule = next((rule for rule in chosen_rules if rule.matches(site)), None)
         if site.index not in selected or rule is None:
             skips.append(_skip(site, "not selected"))
             continue
-        outcome = _decide(model, site, rule, init)
+        outcome = _decide(model, site, rule, init, around)
         if isinstance(outcome, Step):
             steps.append(outcome)
         else:
@@ -192,7 +212,7 @@ def plan(
         raise UsageError(_why_no_step(survey, refused))
     made = Plan(
         survey.model,
-        _with_children(model, steps),
+        with_children(model, steps),
         (*refused, *skips, *survey.skips),
         init,
         versions(),
@@ -201,7 +221,9 @@ def plan(
     return made
 
 
-def _decide(model: nn.Module, site: Site, rule: Rule, init: Init) -> Step | Skip:
+def _decide(
+    model: nn.Module, site: Site, rule: Rule, init: Init, around: Surroundings
+) -> Step | Skip:
     from normsurgery.surgery.obstacles import lost_fact, obstacle
     from normsurgery.surgery.source import source_of
 
@@ -210,7 +232,7 @@ def _decide(model: nn.Module, site: Site, rule: Rule, init: Init) -> Step | Skip
         return _skip(site, _ATTACH_REASONS[site.attach, target.attach])
     same = _is_same(site, target, rule, init)
     copies = same and site.form == "module"
-    reason = obstacle(model, site, copies=copies)
+    reason = obstacle(model, site, copies=copies, around=around)
     if reason is not None:
         return _skip(site, reason)
     if copies:
@@ -230,7 +252,7 @@ def _decide(model: nn.Module, site: Site, rule: Rule, init: Init) -> Step | Skip
         if rule.options and _possible(conversion, source, init, target):
             raise  # the options the caller chose are what makes it impossible
         return _skip(site, error.why, error.cure)
-    reason = None if new is None else lost_fact(model, site, new)
+    reason = None if new is None else lost_fact(model, site, new, around)
     if reason is not None:
         return _skip(site, reason)
     promise = conversion.promise(source, resolved)
@@ -239,14 +261,14 @@ def _decide(model: nn.Module, site: Site, rule: Rule, init: Init) -> Step | Skip
     return Step(site, target.name, resolved, promise)
 
 
-def _with_children(model: nn.Module, steps: Sequence[Step]) -> tuple[Step, ...]:
+def with_children(model: nn.Module, steps: Sequence[Step]) -> tuple[Step, ...]:
     """The steps, those in a forward with the first free norm_0, norm_1, ... of their owner."""
     from normsurgery.surgery.source import module_at
 
     taken: set[tuple[str, str]] = set()
     named: list[Step] = []
     for step in steps:
-        if step.site.form != "module":
+        if step.site.form != "module" and not step.child:
             owner = module_at(model, step.site.path)
             free = (
                 name

@@ -16,6 +16,7 @@ from normsurgery.spec import Fidelity
 if TYPE_CHECKING:
     from torch import nn
 
+    from normsurgery.fold.speed import Speed
     from normsurgery.surgery.journal import Journal
     from normsurgery.surgery.keymap import KeyMap
     from normsurgery.verify import Evidence
@@ -28,6 +29,7 @@ class Report:
     """Plan, Evidence, KeyMap and versions of one verb; what is printed and what is saved.
 
     evidence: None where nothing could be measured; `notes` then say why.
+    speed: of a fold that was timed.
     """
 
     verb: str
@@ -37,6 +39,7 @@ class Report:
     versions: Mapping[str, str]
     notes: tuple[str, ...] = ()
     journal: Journal | None = field(default=None, compare=False, repr=False)
+    speed: Speed | None = None
 
     @property
     def passed(self) -> bool:
@@ -75,6 +78,7 @@ class Report:
             "changes_outputs": self.changes_outputs,
             "plan": self.plan.to_json(),
             "evidence": None if self.evidence is None else self.evidence.to_json(),
+            "speed": None if self.speed is None else self.speed.to_json(),
             "keymap": self.keymap.to_json(),
             "versions": dict(self.versions),
             "notes": list(self.notes),
@@ -83,12 +87,13 @@ class Report:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Report:
         """The report that `to_json` wrote, without what `undo` needs."""
+        from normsurgery.fold.speed import Speed
         from normsurgery.surgery.keymap import KeyMap
         from normsurgery.verify import Evidence
 
         try:
             made = Plan.from_json(data["plan"])
-            evidence = data["evidence"]
+            evidence, speed = data["evidence"], data.get("speed")
             return cls(
                 verb=data["verb"],
                 plan=made,
@@ -96,6 +101,7 @@ class Report:
                 evidence=None if evidence is None else Evidence.from_json(evidence),
                 versions=dict(data["versions"]),
                 notes=tuple(data["notes"]),
+                speed=None if speed is None else Speed.from_json(speed),
             )
         except (KeyError, TypeError) as error:
             raise UsageError(
@@ -125,6 +131,8 @@ class Report:
         if self.evidence is not None:
             said = {OUTPUTS_CHANGE, *drifts} if self.changes_outputs else set()
             yield from (line for line in str(self.evidence).splitlines() if line not in said)
+        if self.speed is not None:
+            yield from str(self.speed).splitlines()
         yield from self._keymap_lines()
         yield from (f"note: {note}" for note in self.notes)
         yield "versions: " + ", ".join(f"{name} {text}" for name, text in self.versions.items())
@@ -143,5 +151,6 @@ class Report:
     def _repr_html_(self) -> str:
         head = f"<p><b>{OUTPUTS_CHANGE}</b></p>" if self.changes_outputs else ""
         table = self.plan._repr_html_()
-        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
+        speed = () if self.speed is None else str(self.speed).splitlines()
+        notes = "".join(f"<p>{html.escape(line)}</p>" for line in (*speed, *self.notes))
         return head + table + notes + ("" if self.evidence is None else self.evidence._repr_html_())

@@ -101,6 +101,16 @@ def select(
     )
 
 
+def is_meant(
+    site: Site, kind: str | None, only: Sequence[str | int], exclude: Sequence[str | int]
+) -> bool:
+    """Whether the selection takes this site, whatever else there is."""
+    only, exclude = ((p,) if isinstance(p, (str, int)) else p for p in (only, exclude))
+    named = not only or any(_matches(site, pattern) for pattern in only)
+    left = any(_matches(site, pattern) for pattern in exclude)
+    return named and not left and kind in (None, site.kind)
+
+
 def _named(sites: Sequence[Site], patterns: str | int | Sequence[str | int]) -> set[int]:
     if isinstance(patterns, (str, int)):
         patterns = (patterns,)

@@ -181,6 +181,8 @@ class NormSpec:
     conversions: by source kind; "*" stands for every kind that has no entry of its own.
     as_affine: eval-mode (scale, shift) per channel as float64 tensors of shape (features,), or
         None, and then `why_not_affine` says why.
+    tail: its weight and bias (roles of these names) come last, per channel, so that they can be
+        folded into whatever reads the output.
     strip: the plain module that computes the same forward, for `fold`, or None.
     found_by_class: False where a module of these classes is no norm by itself (`nn.Identity`).
     """
@@ -202,6 +204,7 @@ class NormSpec:
     ) = None
     as_affine: Callable[[nn.Module], tuple[Tensor, Tensor]] | None = None
     why_not_affine: str = ""
+    tail: bool = False
     strip: Callable[[nn.Module], nn.Module] | None = None
     random: bool = False
     found_by_class: bool = True

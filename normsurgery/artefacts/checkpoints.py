@@ -132,7 +132,7 @@ def _from_pretrained(path: Path, cls: Any) -> tuple[nn.Module, tuple[str, ...]]:
         )
     except Exception as error:  # transformers raises many kinds for weights it cannot use
         raise CannotRead(f"{path}: its weights cannot be loaded ({first_line(error)}).") from error
-    missing = sorted(info["missing_keys"])
+    missing = sorted(set(info["missing_keys"]) - _left_out(path))
     if missing:
         raise CannotRead(
             f"{path}: {len(missing)} weights of {type(model).__name__} are not in the checkpoint "
@@ -141,6 +141,13 @@ def _from_pretrained(path: Path, cls: Any) -> tuple[nn.Module, tuple[str, ...]]:
     extra = sorted(info["unexpected_keys"])
     note = f"{len(extra)} weights of the checkpoint are not in the model ({', '.join(extra[:5])})"
     return model, (note,) if extra else ()
+
+
+def _left_out(path: Path) -> set[str]:
+    """Neutral tensors that `fold --drop` left out: the model starts with them."""
+    file = path / RECORD
+    folds = _read_json(file, path).get("folds", []) if file.is_file() else []
+    return {name for fold in folds for name in fold["keymap"]["dropped"]}
 
 
 def rebuilt(model: nn.Module, plans: tuple[Any, ...]) -> nn.Module:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import fx, nn
@@ -13,12 +14,14 @@ from normsurgery.find.by_run import FUNCTIONS
 from normsurgery.find.by_type import typed_norms
 from normsurgery.find.drafts import Drafts
 from normsurgery.find.places import layer_sites
+from normsurgery.find.reader import Ends, key_of
 from normsurgery.graph import Recording, record
+from normsurgery.graph.flow import PADDING
 from normsurgery.inputs import Inputs, as_inputs, infer
 from normsurgery.survey import Survey, renumbered
 
 Model = nn.Module | fx.GraphModule | ExportedProgram
-WATCHED: frozenset[Callable[..., Any]] = frozenset(FUNCTIONS)
+WATCHED: frozenset[Callable[..., Any]] = frozenset(FUNCTIONS) | PADDING
 
 
 def find(
@@ -48,16 +51,56 @@ def find(
     module = inner.module() if isinstance(inner, ExportedProgram) else inner
     notes = [*wrapper, *inference]
     recordings = _recordings(module, given, notes) if given is not None else []
-    label = type(inner).__name__
     if attach != "norm":
         found = layer_sites(module, recordings[0] if recordings else None, attach)
-        return Survey(label, renumbered(list(found)), (), _spelling(given), tuple(notes))
+        return Survey(
+            type(inner).__name__, renumbered(list(found)), (), _spelling(given), tuple(notes)
+        )
+    return _surveyed(inner, module, recordings, given, notes)[0]
+
+
+@dataclass(frozen=True)
+class Located:
+    """A Survey with the eval run it comes from.
+
+    ends: by a site's index, the values that each of its runs begins and ends with; not there for
+    what did not run in eval, or where a run could not be told from its surroundings.
+    """
+
+    survey: Survey
+    recording: Recording
+    ends: Mapping[int, Ends]
+
+
+def locate(model: Model, inputs: Inputs, *, training: bool = True) -> Located:
+    """What `find` finds, and where it stands in a recording of one eval run.
+
+    training: also look for norms that run in train mode only. The recording knows which lines ran
+    (graph.branches). Raises CannotTrace, UsageError as `find`.
+    """
+    module = model.module() if isinstance(model, ExportedProgram) else model
+    notes: list[str] = []
+    recordings = _recordings(module, inputs, notes, lines=True, training=training)
+    survey, drafts = _surveyed(model, module, recordings, inputs, notes)
+    ends = {site.index: drafts.ends[key] for site in survey if (key := key_of(site)) in drafts.ends}
+    return Located(survey, recordings[0], ends)
+
+
+def _surveyed(
+    model: Model,
+    module: nn.Module,
+    recordings: Sequence[Recording],
+    inputs: Inputs | None,
+    notes: Sequence[str],
+) -> tuple[Survey, Drafts]:
     drafts = Drafts(module, tuple(typed_norms(module)))
     for recording in recordings:
         drafts.read(recording)
     drafts.read_dormant(WATCHED)
     sites, skips = drafts.finish(ran=bool(recordings))
-    return Survey(label, renumbered(sites), tuple(skips), _spelling(given), tuple(notes))
+    label = type(model).__name__
+    survey = Survey(label, renumbered(sites), tuple(skips), _spelling(inputs), tuple(notes))
+    return survey, drafts
 
 
 def _inputs(model: Model, inputs: Any) -> tuple[Inputs | None, list[str]]:
@@ -73,10 +116,17 @@ def _spelling(inputs: Inputs | None) -> str | None:
     return " ".join(f"--input {text}" for text in inputs.spelling) if inputs is not None else None
 
 
-def _recordings(model: nn.Module, inputs: Inputs, notes: list[str]) -> Sequence[Recording]:
+def _recordings(
+    model: nn.Module,
+    inputs: Inputs,
+    notes: list[str],
+    *,
+    lines: bool = False,
+    training: bool = True,
+) -> Sequence[Recording]:
     """The eval run, and where it works the train run, which may reach other norms."""
-    found = [record(model, inputs, watched=WATCHED)]
-    if isinstance(model, fx.GraphModule):
+    found = [record(model, inputs, watched=WATCHED, lines=lines)]
+    if isinstance(model, fx.GraphModule) or not training:
         return found
     try:
         found.append(record(model, inputs, training=True, watched=WATCHED))
@@ -85,4 +135,4 @@ def _recordings(model: nn.Module, inputs: Inputs, notes: list[str]) -> Sequence[
     return found
 
 
-__all__ = ["find"]
+__all__ = ["Located", "find", "locate"]

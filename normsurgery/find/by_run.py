@@ -70,6 +70,8 @@ _ROLES = ("weight", "bias", "running_mean", "running_var")
 def events(recording: Recording) -> Iterator[Event]:
     """Every call of a norm function, then every norm operator outside such a call."""
     for call in recording.calls:
+        if call.function not in FUNCTIONS:
+            continue
         kind, names = FUNCTIONS[call.function]
         given = _given(names, call.args, call.kwargs)
         if isinstance(call.output, Ref):

@@ -12,7 +12,7 @@ from torch import nn
 from normsurgery.find.by_type import Typed
 from normsurgery.find.dormant import is_candidate, recordings_alone
 from normsurgery.find.proof import Proof
-from normsurgery.find.reader import Key, Reader, Tree, dtype_name
+from normsurgery.find.reader import Ends, Key, Reader, Tree, dtype_name
 from normsurgery.graph import Recording
 from normsurgery.survey import Site, Skip
 
@@ -26,6 +26,7 @@ class Drafts:
         self.sites: dict[Key, Site] = {("module", path): s for path, s in self.typed.items()}
         self.skips: dict[tuple[str, str], Skip] = {}
         self.proofs: dict[Any, Proof | None] = {}
+        self.ends: dict[Key, Ends] = {}
         self.ran: set[str] = set()
 
     def read(self, recording: Recording) -> None:
@@ -36,6 +37,8 @@ class Drafts:
         reader = Reader(self.tree, recording, self.typed, self.proofs)
         for key, site in reader.sites():
             self._add(key, site, recording.training)
+        if not recording.training:
+            self.ends.update(reader.ends)
         self.skips.update({(skip.path, skip.reason): skip for skip in reader.skips})
 
     def read_dormant(self, watched: frozenset[Callable[..., Any]]) -> None:

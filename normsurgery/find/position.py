@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from types import CodeType
+import ast
+from types import CodeType, FunctionType
 
 from torch import fx, nn
 
 from normsurgery.find.candidates import NotProven
 from normsurgery.find.events import Event
 from normsurgery.graph import FrameRecord, Op, Recording
-from normsurgery.graph.positions import forward_of, function_name, source_hash
+from normsurgery.graph.positions import (
+    forward_of,
+    function_name,
+    node_at,
+    source_hash,
+    syntax_of,
+)
 from normsurgery.survey import CallSite, Origin, Span
 
 
@@ -53,7 +60,7 @@ def call_site(
         function=function_name(function, type(original)),
         source_hash=hashed,
         output=finish.span,
-        input=_origin(recording, start, begin, frame.serial),
+        input=_origin(recording, start, begin, frame.serial, function),
         region=tuple(dict.fromkeys(f.span for f in spans if f is not None and f.span)),
     )
 
@@ -91,13 +98,25 @@ def _is_value_of(recording: Recording, output: int, frame: FrameRecord) -> bool:
     return True
 
 
-def _origin(recording: Recording, value: int, frame: FrameRecord, serial: int) -> Origin:
-    name = next((name for name, bound in frame.names.items() if bound == value), None)
+def _origin(
+    recording: Recording, value: int, frame: FrameRecord, serial: int, function: FunctionType
+) -> Origin:
+    names = [name for name, bound in frame.names.items() if bound == value]
+    # Two names of one value may be two values in another call: what is written there is meant.
+    written = names_at(function, frame.span) if len(names) > 1 else ()
+    name = next((n for n in names if n in written), next(iter(names), None))
     made_by = recording.values[value].op
     maker = _in_frame(recording.ops[made_by], serial) if made_by is not None else None
     span: Span | None = maker.span if maker is not None else None
     # Where a named value was made may differ from run to run (`if self.training`).
     return Origin(name, span if name is None else None)
+
+
+def names_at(function: FunctionType, span: Span | None) -> tuple[str, ...]:
+    """The names that the expression at the span reads."""
+    found = None if span is None else node_at(syntax_of(function), span)
+    names = ast.walk(found) if found is not None else ()
+    return tuple(node.id for node in names if isinstance(node, ast.Name))
 
 
 def _node_site(recording: Recording, owner: fx.GraphModule, output: int, start: int) -> CallSite:

@@ -28,6 +28,7 @@ from normsurgery.graph.operations import as_data
 from normsurgery.survey import Site, Skip
 
 Key = tuple[Any, ...]
+Ends = tuple[tuple[int, int], ...]  # of each run of a norm: the values it begins and ends with
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Reader:
         self.typed_sites = typed
         self.proofs = proofs
         self.skips: list[Skip] = []
+        self.ends: dict[Key, Ends] = {}
         self.readers = recording.readers()
         self.calls: dict[int, list[ModuleCall]] = {}
         for call in recording.module_calls:
@@ -98,6 +100,7 @@ class Reader:
             ends_in = absorbable(self.recording, self.readers, [end for _, end in spots])
             if ends_in is not None and attach == "norm":
                 site = replace(site, settings={**site.settings, "activation_module": ends_in})
+            self.ends["module", path] = tuple(spots)
             yield ("module", path), replace(site, attach=attach, **self._facts(spots))
 
     def _facts(self, ends: Sequence[tuple[int, int]]) -> dict[str, Any]:
@@ -144,13 +147,15 @@ class Reader:
             yield ("module", whole.path), whole
             return
         try:
-            site = self._expression(group, owner)
+            site, ends = self._expression(group, owner)
         except NotProven as error:
             if not first.frozen:
                 self._skip(first, owner, str(error))
             return
-        place = None if site.call is None else replace(site.call, operations=None)
-        yield ("call", site.path, place), site
+        # Of a formula, only the first run was proven to end where its region ends.
+        if site.form == "call" or len(group) == 1:
+            self.ends[key_of(site)] = ends
+        yield key_of(site), replace(site, **self._facts(ends))
 
     def _skip(self, event: Event, owner: nn.Module, reason: str) -> None:
         path = self.recording.path(owner)
@@ -196,6 +201,7 @@ class Reader:
             proof_error=proof.error,
             notes=_hook_notes(original),
         )
+        self.ends[key_of(site)] = tuple(ends)
         return replace(site, **self._facts(ends))
 
     def _given(self, call: ModuleCall, event: Event) -> int:
@@ -205,7 +211,7 @@ class Reader:
         shape = self.recording.values[call.output.value].shape
         return next((v for v in values if self.recording.values[v].shape == shape), values[0])
 
-    def _expression(self, group: Sequence[Event], owner: nn.Module) -> Site:
+    def _expression(self, group: Sequence[Event], owner: nn.Module) -> tuple[Site, Ends]:
         event = group[0]
         if event.refusal:
             raise NotProven(event.refusal)
@@ -214,10 +220,10 @@ class Reader:
         region = prove_region(self.recording, event, self.readers, owner)
         proof = region.proof
         site = self._call_site(group, owner, region.output, region.ops, region.input)
-        ends = [(region.input, region.output), *((e.input, e.output) for e in group[1:])]
+        ends = ((region.input, region.output), *((e.input, e.output) for e in group[1:]))
         roles = {name: role for role, name in proof.reading.tensors.items()}
         operations = as_data(self.recording, region.ops, region.input, roles)
-        return replace(
+        made = replace(
             site,
             call=None if site.call is None else replace(site.call, operations=operations),
             kind=proof.kind,
@@ -226,24 +232,24 @@ class Reader:
             settings=dict(proof.reading.settings),
             found_by="proof",
             proof_error=proof.error,
-            **self._facts(ends),
         )
+        return made, ends
 
-    def _call(self, group: Sequence[Event], owner: nn.Module) -> Site:
+    def _call(self, group: Sequence[Event], owner: nn.Module) -> tuple[Site, Ends]:
         event = group[0]
         parameters = named_tensors(self.recording, event)
         if any(named_tensors(self.recording, other) != parameters for other in group[1:]):
             raise NotProven("this line normalises with different parameters each time it runs")
         ops = tuple(self.recording.ops[index] for index in event.ops)
         site = self._call_site(group, owner, event.output, ops, event.input)
-        return replace(
+        made = replace(
             site,
             kind=event.kind or "",
             parameters={**parameters, **self._counter(parameters)},
             settings=dict(event.settings or {}),
             found_by="run",
-            **self._facts([(e.input, e.output) for e in group]),
         )
+        return made, tuple((e.input, e.output) for e in group)
 
     def _counter(self, parameters: Mapping[str, str]) -> dict[str, str]:
         """The batch counter beside running statistics, which no call is given.
@@ -315,6 +321,15 @@ class Reader:
             found_by="run" if event.kind else "proof",
         )
         yield ("weight", name), site
+
+
+def key_of(site: Site) -> Key:
+    """By which another recording's site is known to be the same."""
+    if site.attach == "weight":
+        return ("weight", site.parameters["weight"])
+    if site.form == "module":
+        return ("module", site.path)
+    return ("call", site.path, None if site.call is None else replace(site.call, operations=None))
 
 
 def dtype_name(tensor: Tensor) -> str:

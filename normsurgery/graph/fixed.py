@@ -13,6 +13,7 @@ import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -335,7 +336,12 @@ _STATUS: dict[type[ast.expr], Callable[[Facts, Any], Status]] = {
 _Assigned = tuple[str, ast.expr | None, tuple[Guard, ...]]
 
 
-def _assignments(syntax: Syntax) -> Iterator[_Assigned]:
+@lru_cache(maxsize=1024)
+def _assignments(syntax: Syntax) -> tuple[_Assigned, ...]:
+    return tuple(_assigned(syntax))
+
+
+def _assigned(syntax: Syntax) -> Iterator[_Assigned]:
     """(name, what it is assigned from, the tests it stands under) for every local of a function."""
     for node in walk_code(syntax.root):
         for target, value in _bindings(node):

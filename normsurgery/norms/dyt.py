@@ -48,6 +48,8 @@ from normsurgery.norms.carry import (
     require_channels,
     scaled,
     settled,
+    wanted_affine,
+    without,
 )
 from normsurgery.norms.examples import randomised
 from normsurgery.spec import (
@@ -66,8 +68,12 @@ class DynamicTanh(nn.Module):
     """`weight * tanh(alpha * x) + bias` with a scalar `alpha`, in the dtype of `x`.
 
     x: any shape with `features` along `channel_axis`. Parameters: `alpha` (1,), `weight` and `bias`
-    (features,). Raises WrongShape where the channel axis has another size.
+    (features,), either of which may be None. Raises WrongShape where the channel axis has another
+    size.
     """
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
 
     def __init__(self, features: int, *, channel_axis: int = -1, alpha: float = 0.5) -> None:
         super().__init__()
@@ -81,14 +87,17 @@ class DynamicTanh(nn.Module):
 
     def reset_parameters(self) -> None:
         nn.init.constant_(self.alpha, self.initial_alpha)
-        nn.init.ones_(self.weight)
-        nn.init.zeros_(self.bias)
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         require_channels("dyt", x, self.channel_axis, self.features)
-        squashed = torch.tanh(self.alpha * x)
-        weight = along(self.weight, x, self.channel_axis)
-        return (weight * squashed + along(self.bias, x, self.channel_axis)).to(x.dtype)
+        y = torch.tanh(self.alpha * x)
+        y = y if self.weight is None else along(self.weight, x, self.channel_axis) * y
+        y = y if self.bias is None else y + along(self.bias, x, self.channel_axis)
+        return y.to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.features}, channel_axis={self.channel_axis}"
@@ -120,6 +129,19 @@ def build(source: Source, *, init: str = "copy", alpha: float = 0.5) -> DynamicT
     return settled(DynamicTanh(features, channel_axis=axis, alpha=float(alpha)), source, init)
 
 
+def from_dyt(source: Source, *, init: str = "copy") -> DynamicTanh:
+    """The same function; with `init="reset"` its parameters are fresh."""
+    axis, features = channels(source, "dyt")
+    weight, bias = wanted_affine(source, None)
+    module = settled(without(DynamicTanh(features, channel_axis=axis), weight, bias), source, init)
+    alpha = source.tensors["alpha"]
+    if init == "copy":
+        value = alpha.detach().to(module.alpha.dtype, copy=True).reshape(1)
+        module.alpha = nn.Parameter(value)
+    module.alpha.requires_grad_(alpha.requires_grad)
+    return module
+
+
 def resolve(source: Source, options: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"alpha": 0.5, **options}
 
@@ -140,7 +162,11 @@ NORM = NormSpec(
     read=read,
     formula=formula,
     examples=examples,
-    conversions={"*": Conversion(build, Fidelity.RETRAIN, resolve)},
+    tail=True,
+    conversions={
+        "*": Conversion(build, Fidelity.RETRAIN, resolve),
+        "dyt": Conversion(from_dyt, Fidelity.IDENTICAL),
+    },
     laws=frozenset({Law.BATCH_INDEPENDENT, Law.PERMUTATION_EQUIVARIANT}),
     onnx=OnnxForm({18: ("Mul", "Tanh", "Mul", "Add")}),
     why_not_affine="tanh is not linear in its input",

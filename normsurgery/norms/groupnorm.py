@@ -261,6 +261,7 @@ NORM = NormSpec(
     read=read,
     formula=formula,
     examples=examples,
+    tail=True,
     conversions={
         "*": Conversion(from_any, Fidelity.RETRAIN, _resolve),
         "groupnorm": Conversion(from_groupnorm, _same_groups),

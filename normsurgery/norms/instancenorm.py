@@ -151,7 +151,7 @@ def _dimensions(source: Source, dimensions: int | None) -> int:
             "torch has one class each for 1, 2 and 3 dimensions of space, and which is not known",
             "Give example inputs, or set dimensions=1, 2 or 3.",
         )
-    if source.shape is not None:
+    if source.shape is not None and source.kind != "instancenorm":
         cure = "Use groupnorm, whose groups span channels, or batchnorm."
         require_elements(source, "instancenorm", space(source), cure)
     return dimensions
@@ -222,6 +222,7 @@ NORM = NormSpec(
     read=read,
     formula=formula,
     examples=examples,
+    tail=True,
     conversions={
         "*": Conversion(from_any, Fidelity.RETRAIN, _resolve),
         "instancenorm": Conversion(from_instancenorm, Fidelity.IDENTICAL),

@@ -247,6 +247,7 @@ NORM = NormSpec(
     read=read,
     formula=formula,
     examples=examples,
+    tail=True,
     conversions={
         "*": Conversion(from_any, Fidelity.RETRAIN),
         "layernorm": Conversion(from_layernorm, Fidelity.IDENTICAL),

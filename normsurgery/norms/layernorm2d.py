@@ -223,6 +223,7 @@ NORM = NormSpec(
     read=read,
     formula=formula,
     examples=examples,
+    tail=True,
     conversions={
         "*": Conversion(from_any, Fidelity.RETRAIN),
         "layernorm2d": Conversion(from_layernorm2d, Fidelity.IDENTICAL),

@@ -336,6 +336,7 @@ NORM = NormSpec(
     read=read,
     formula=formula,
     examples=examples,
+    tail=True,
     conversions={
         "*": Conversion(from_any, Fidelity.RETRAIN),
         "rmsnorm": Conversion(from_rmsnorm, Fidelity.IDENTICAL),

@@ -9,7 +9,9 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from normsurgery.errors import CannotRewrite
-from normsurgery.plan import Plan, Step
+from normsurgery.fold.channel_pad import without_padding
+from normsurgery.fold.edits import Drop
+from normsurgery.plan import LAYER_RULES, MERGED, Plan, Step
 from normsurgery.spec import Source, get
 from normsurgery.surgery import fastpath
 from normsurgery.surgery.building import (
@@ -51,6 +53,11 @@ class _Progress:
     entries: Entries = field(default_factory=Entries)
     done: dict[int, Built] = field(default_factory=dict)
     refused: list[Skip] = field(default_factory=list)
+    layers: list[int] = field(default_factory=list)
+
+    @property
+    def carried_out(self) -> list[int]:
+        return sorted((*self.done, *self.layers))
 
 
 def apply(model: nn.Module, plan: Plan, calls: Calls | None) -> Applied:
@@ -60,23 +67,47 @@ def apply(model: nn.Module, plan: Plan, calls: Calls | None) -> Applied:
         forward with; None: the plan was carried out before, and is only made again.
 
     A call that cannot be rewritten becomes a Skip of the returned plan. Raises UsageError where the
-    plan is for another model, CannotConvert where a norm cannot be built; both before any edit.
+    plan is for another model, CannotConvert where a norm cannot be built, both before any norm is
+    replaced; CannotRewrite where a forward that calls a module twice is not the one that was
+    planned for; CannotHold, before any weight is changed, where one cannot hold what a fold makes.
     """
-    paths = {
-        step.site.path: paths_of(model, module_at(model, step.site.path)) for step in plan.steps
-    }
-    built = [built_step(model, step, plan.init) for step in plan.steps]
+    from normsurgery.fold.editing import require_padding_held
+    from normsurgery.fold.own_copies import UNTIED, make_copies
+    from normsurgery.fold.weights import edit_weights, make_room
+
     progress = _Progress()
-    for owner_path in dict.fromkeys(s.site.path for s in plan.steps if s.site.form != "module"):
+    progress.layers += [n for n, step in enumerate(plan.steps) if step.rule == UNTIED]
+    dropped = {edit.target for step in plan.steps for edit in step.edits if isinstance(edit, Drop)}
+    gone = {name: others for name, others in aliases_of(model, plan).items() if name in dropped}
+    make_copies(model, plan.steps, calls)
+    model = _rebuild_layers(model, plan, progress)
+    rest = {n: step for n, step in enumerate(plan.steps) if n not in progress.layers}
+    waiting: Mapping[str, Tensor] | None = None
+    if calls is None:
+        make_room(model, tuple(rest.values()))
+    else:
+        waiting = edit_weights(model, tuple(rest.values()))
+    merges = {n: step for n, step in rest.items() if step.rule == MERGED}
+    rest = {n: step for n, step in rest.items() if n not in merges}
+    paths = {
+        step.site.path: paths_of(model, module_at(model, step.site.path)) for step in rest.values()
+    }
+    built = {n: built_step(model, step, plan.init) for n, step in rest.items()}
+    if calls is not None:
+        for item in built.values():
+            require_padding_held(item.step, item.source)
+    for owner_path in dict.fromkeys(s.site.path for s in rest.values() if s.site.form != "module"):
         _rewrite(model, owner_path, paths[owner_path], built, calls, progress)
-    replaced = [item for item in built if item.step.site.form == "module"]
+    replaced = [item for item in built.values() if item.step.site.form == "module"]
     edited = fastpath.switch_off(
-        model, [item.old for item in replaced if item.step.action == "swap"]
+        model, [item.old for item in replaced if item.step.action != "copy"]
     )
-    for position, item in enumerate(built):
+    for position, item in built.items():
         if item.step.site.form == "module":
             model = _replace(model, position, item, paths[item.step.site.path], progress)
     _restore_ties(model, list(progress.done.values()))
+    _merge(model, merges, calls, waiting, progress)
+    progress.entries.aliases = gone | aliases_of(model, plan)
     carried_out = _carried_out(plan, progress)
     notes = tuple(
         f"{path}: torch's fused encoder path is switched off, since it would not call the new norms"
@@ -87,17 +118,61 @@ def apply(model: nn.Module, plan: Plan, calls: Calls | None) -> Applied:
     return Applied(model, carried_out, keymap, notes, new_modules)
 
 
+def _rebuild_layers(model: nn.Module, plan: Plan, progress: _Progress) -> nn.Module:
+    """Carry out the steps that make a plain layer of one that computes its weight, or takes part
+    in training only; returns the root."""
+    from normsurgery.fold.parametrizations import apply_baked
+
+    for position, step in enumerate(plan.steps):
+        if step.rule in LAYER_RULES:
+            model = apply_baked(model, step)
+            progress.layers.append(position)
+    return model
+
+
+def _merge(
+    model: nn.Module,
+    merges: Mapping[int, Step],
+    calls: Calls | None,
+    values: Mapping[str, Tensor] | None,
+    progress: _Progress,
+) -> None:
+    """Make one layer of parallel branches; where that is impossible the steps become Skips."""
+    from normsurgery.fold.merging import apply_merges
+
+    steps = list(merges.values())
+    refused = apply_merges(model, steps, calls, values or None)
+    for position, step in merges.items():
+        owner = (
+            step.site.path
+            if step.edits
+            else next(
+                (
+                    s.site.path
+                    for s in steps
+                    if step.site.path in s.site.settings.get("branches", ())
+                ),
+                "",
+            )
+        )
+        if owner in refused:
+            reason = f"its forward cannot be rewritten: {refused[owner]}"
+            progress.refused.append(Skip(step.site.label, reason, "", step.site.kind))
+        else:
+            progress.layers.append(position)
+
+
 def _rewrite(
     model: nn.Module,
     owner_path: str,
     aliases: Sequence[str],
-    built: Sequence[Built],
+    built: Mapping[int, Built],
     calls: Calls | None,
     progress: _Progress,
 ) -> None:
     """Rewrite one owner with all its norms; where that is impossible its steps become Skips."""
     owner = module_at(model, owner_path)
-    items = {n: item for n, item in enumerate(built) if _is_call_of(item, owner_path)}
+    items = {n: item for n, item in built.items() if _is_call_of(item, owner_path)}
     before = saved_names(owner)
     for item in items.values():
         inherit_tensors(item.source.tensors, owner, item.new, moved_names(item))
@@ -130,7 +205,9 @@ def _rewritten(
     elif _is_without_values(owner, calls):
         raise CannotRewrite("it has no values (meta device) to prove a rewritten forward on")
     else:
-        rewrite_owner(owner, placements, calls)
+        # A fold holds in eval mode, and that is where the rewritten forward must agree.
+        folds = all(item.step.action == "fold" for item in items)
+        rewrite_owner(owner, placements, calls, modes=(False,) if folds else (False, True))
     return [placement.name for placement in placements]
 
 
@@ -157,9 +234,10 @@ def _replace(
 ) -> nn.Module:
     """Put the new module wherever the old one is bound; returns the root."""
     before = saved_names(item.old)
-    if item.step.action == "swap":
+    if item.step.action != "copy":
         inherit(item.source.tensors, item.old, item.new, moved_names(item))
     model = replace_everywhere(model, item.old, item.new)
+    without_padding(model, item.step.options)
     progress.done[position] = item
     gone = before - note(position, item, aliases, progress.entries, "", set())
     progress.entries.dropped += [join(path, name) for path in aliases for name in sorted(gone)]
@@ -221,13 +299,26 @@ def _restore_ties(model: nn.Module, done: Sequence[Built]) -> None:
 
 
 def _carried_out(plan: Plan, progress: _Progress) -> Plan:
-    steps = tuple(plan.steps[position] for position in sorted(progress.done))
+    steps = tuple(plan.steps[position] for position in progress.carried_out)
     return replace(plan, steps=steps, skips=(*progress.refused, *plan.skips))
+
+
+def aliases_of(model: nn.Module, plan: Plan) -> dict[str, tuple[str, ...]]:
+    """The other names of tensors that the edits of folds change."""
+    edits = (edit for step in plan.steps for edit in step.edits)
+    held: dict[str, Tensor] = dict(model.named_buffers(remove_duplicate=False))
+    held.update(model.named_parameters(remove_duplicate=False))
+    names: dict[int, list[str]] = {}
+    for name, tensor in held.items():
+        names.setdefault(id(tensor), []).append(name)
+    targets = dict.fromkeys(edit.target for edit in edits if edit.target in held)
+    found = {t: tuple(n for n in names[id(held[t])] if n != t) for t in targets}
+    return {target: others for target, others in found.items() if others}
 
 
 def _keymap(carried_out: Plan, progress: _Progress) -> KeyMap:
     """The key map, its step numbers counting in the plan as it was carried out."""
-    numbers = {position: number for number, position in enumerate(sorted(progress.done))}
+    numbers = {position: number for number, position in enumerate(progress.carried_out)}
     entries = progress.entries
     entries.made = [replace(made, step=numbers[made.step]) for made in entries.made]
     return entries.keymap(carried_out)

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from normsurgery.errors import UsageError
 from normsurgery.plan import Step
-from normsurgery.spec import Source, get
+from normsurgery.spec import Source
 from normsurgery.surgery.inherit import is_transient, tensor_in
 from normsurgery.surgery.keymap import Entries, Made, Move
 from normsurgery.surgery.owner import Placement
@@ -23,7 +23,14 @@ from normsurgery.surgery.relation import (
     tensors_in,
 )
 from normsurgery.surgery.replay import Replay
-from normsurgery.surgery.source import build, module_at, parse_dtype, source_of
+from normsurgery.surgery.source import (
+    build,
+    conversion_of,
+    module_at,
+    parse_dtype,
+    source_of,
+    what_is_left,
+)
 from normsurgery.treecopy import tree_copy
 
 
@@ -60,17 +67,17 @@ def built_step(model: nn.Module, step: Step, init: str) -> Built:
         names = _locals(old, step, source.tensors)
         relation = Relation({role: Moved(role) for role in source.tensors})
         return Built(step, source, old, replayed(step, source), relation, names, unsaved)
-    spec = get(step.to)
-    conversion = spec.conversion(step.site.kind)
+    conversion = conversion_of(step)
     if conversion is None:
         raise UsageError(
             f"{step.site.label}: there is no conversion from {step.site.kind} to {step.to}. "
             "The plan was made with another version; make a new one."
         )
-    new = build(conversion, source, step.options, init)
+    names = _locals(old, step, source.tensors) if step.site.attach == "norm" else {}
+    kept, options = what_is_left(source, step)
+    new = build(conversion, kept, options, init)
     if step.site.attach == "norm":
-        names = _locals(old, step, source.tensors)
-        relation = relation_of_norms(conversion, source, names, step.options, init)
+        relation = relation_of_norms(conversion, kept, names, options, init)
         return Built(step, source, old, new, relation, names, unsaved)
     relation = relation_of_layers(old, new)
     names = {name: name for name in tensors_in(old)}

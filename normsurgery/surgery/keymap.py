@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from normsurgery.errors import CannotConvert, UsageError
+from normsurgery.fold.editing import edited, needed_by, require_padding_held
+from normsurgery.fold.edits import Drop
 from normsurgery.plan import Plan, Step
-from normsurgery.spec import Source, get
+from normsurgery.spec import Source
 from normsurgery.surgery.optimizer import OptimizerState, carried_state
 from normsurgery.surgery.relation import tensors_in
-from normsurgery.surgery.source import build
+from normsurgery.surgery.source import build, conversion_of, what_is_left
 
 StateDict = Mapping[str, Tensor]
 STAND_INS = (1.0, 2.0)  # positive, so that a variance is one
@@ -50,7 +52,8 @@ class KeyMap:
 
     A tied tensor has an entry for each of its names. `dropped` old keys have no exact counterpart:
     they vanish, or only something computed from them is left. `unsaved` are the buffers of swapped
-    norms that a state_dict does not hold (persistent=False), with their shapes.
+    norms that a state_dict does not hold (persistent=False), with their shapes. What a fold edits
+    has the plan's edits; `aliases` are the other names of such a tensor.
     """
 
     plan: Plan
@@ -58,6 +61,15 @@ class KeyMap:
     made: tuple[Made, ...] = ()
     dropped: tuple[str, ...] = ()
     unsaved: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def edited(self) -> tuple[str, ...]:
+        """Keys whose tensors a fold makes or changes, in the order it does."""
+        edits = (edit for step in self.plan.steps for edit in step.edits)
+        named = dict.fromkeys(edit.target for edit in edits if not isinstance(edit, Drop))
+        gone = set(self.dropped) | {move.old for move in self.moved if not move.kept}
+        return tuple(name for name in named if name not in gone)
 
     @property
     def created(self) -> tuple[str, ...]:
@@ -65,15 +77,17 @@ class KeyMap:
         return tuple(made.new for made in self.made if not made.computed)
 
     def __bool__(self) -> bool:
-        return bool(self.moved or self.made or self.dropped)
+        return bool(self.moved or self.made or self.dropped or self.edited)
 
     def load(self, state_dict: StateDict) -> OrderedDict[str, Tensor]:
         """A state_dict of the old model as one of the new model.
 
         What the swap computes from old values is computed again from these, so that swapping a
         loaded model and loading a swapped model give the same. Raises UsageError for a missing key,
-        and where a new value is computed from a buffer that is not saved.
+        and where a new value is computed from a buffer that is not saved; CannotHold where a weight
+        cannot hold what a fold makes of these values.
         """
+        state_dict = self._with_edits(state_dict)
         self._require(state_dict, [move.old for move in self.moved], "the old model")
         gone = {move.old for move in self.moved if not move.kept} | set(self.dropped)
         loaded = _like(state_dict, (item for item in state_dict.items() if item[0] not in gone))
@@ -93,6 +107,11 @@ class KeyMap:
         UsageError naming what the old model needs and the new one does not have, and what the new
         one has learned and the old one has no place for.
         """
+        if self.edited:
+            raise UsageError(
+                f"the old model cannot be made again: {_listed(self.edited)} were changed by the "
+                "fold. Keep the old checkpoint."
+            )
         if self.dropped:
             raise UsageError(
                 f"the old model cannot be made again: {_listed(self.dropped)} were dropped by the "
@@ -132,6 +151,7 @@ class KeyMap:
             "made": [asdict(made) for made in self.made],
             "dropped": list(self.dropped),
             "unsaved": {name: list(shape) for name, shape in self.unsaved.items()},
+            "aliases": {name: list(others) for name, others in self.aliases.items()},
         }
 
     @classmethod
@@ -142,7 +162,23 @@ class KeyMap:
             tuple(Made(**item) for item in data["made"]),
             tuple(data["dropped"]),
             {name: tuple(shape) for name, shape in data.get("unsaved", {}).items()},
+            {name: tuple(others) for name, others in data.get("aliases", {}).items()},
         )
+
+    def _with_edits(self, state_dict: StateDict) -> StateDict:
+        """A state_dict of the old model after the edits of the plan."""
+        needed = needed_by(self.plan.steps)
+        if not needed:
+            return state_dict
+        self._require(state_dict, needed, "the old model")
+        values = edited(self.plan.steps, state_dict)
+        for name, others in self.aliases.items():
+            values |= {other: values[name] for other in others if name in values}
+        dropped = {e.target for s in self.plan.steps for e in s.edits if isinstance(e, Drop)}
+        dropped |= {other for name in dropped for other in self.aliases.get(name, ())}
+        changed = _like(state_dict, (i for i in state_dict.items() if i[0] not in dropped))
+        changed.update(values)
+        return changed
 
     def _require(self, state_dict: StateDict, keys: Iterable[str], whose: str) -> None:
         missing = [key for key in keys if key not in state_dict]
@@ -183,7 +219,7 @@ class KeyMap:
         return first
 
     def _rebuilt(self, step: Step, state_dict: StateDict) -> dict[str, Tensor]:
-        conversion = get(step.to).conversion(step.site.kind)
+        conversion = conversion_of(step)
         tensors = {role: state_dict[name] for role, name in step.site.parameters.items()}
         if conversion is None:
             raise UsageError(f"there is no conversion from {step.site.kind} to {step.to} any more.")
@@ -197,11 +233,13 @@ class KeyMap:
             dtype=None if floating is None else floating.dtype,
             device=None if floating is None else floating.device,
         )
+        kept, options = what_is_left(source, step)
+        require_padding_held(step, source)
         try:
             return {
                 name: tensor.detach()
                 for name, tensor in tensors_in(
-                    build(conversion, source, step.options, self.plan.init)
+                    build(conversion, kept, options, self.plan.init)
                 ).items()
             }
         except CannotConvert as error:
@@ -233,11 +271,12 @@ class Entries:
     made: list[Made] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     unsaved: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def keymap(self, plan: Plan) -> KeyMap:
         moved = tuple(m for m in self.moved if m.old != m.new or m.offset != 0.0)
         dropped = tuple(dict.fromkeys(self.dropped))
-        return KeyMap(plan, moved, tuple(self.made), dropped, self.unsaved)
+        return KeyMap(plan, moved, tuple(self.made), dropped, self.unsaved, self.aliases)
 
 
 def _shifted(tensor: Tensor, offset: float) -> Tensor:

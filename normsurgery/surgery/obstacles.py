@@ -5,21 +5,24 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.utils import parametrize
 
-from normsurgery.surgery.readers import reads_of
 from normsurgery.surgery.source import module_at
-from normsurgery.surgery.tree import held_elsewhere
+from normsurgery.surgery.surroundings import Surroundings
 from normsurgery.survey import Site
 
 
-def obstacle(model: nn.Module, site: Site, *, copies: bool) -> str | None:
+def obstacle(
+    model: nn.Module, site: Site, *, copies: bool, around: Surroundings | None = None
+) -> str | None:
     """The reason why the module at `site` cannot be replaced, or None.
 
-    `copies`: it is replaced by a copy of itself, of which any attribute may be read.
+    copies: it is replaced by a copy of itself, of which any attribute may be read. around: of the
+    model, where many sites are asked about.
     """
     if site.form != "module":
         return None
     module = module_at(model, site.path)
-    holder = held_elsewhere(model, module)
+    around = around or Surroundings(model)
+    holder = around.holder_of(module)
     if holder is not None:
         return (
             f"it is also held by {holder}, outside the module tree, "
@@ -41,17 +44,19 @@ def obstacle(model: nn.Module, site: Site, *, copies: bool) -> str | None:
     # A weight that is standardised by a parametrization stays right wherever it is read.
     if site.attach == "weight":
         return None
-    read = next((read for read in reads_of(model, module) if not read.fact), None)
+    read = next((read for read in around.reads_of(module) if not read.fact), None)
     if read is not None:
         return f"{read}, so it would not compute with a replacement"
     return None
 
 
-def lost_fact(model: nn.Module, site: Site, new: nn.Module) -> str | None:
+def lost_fact(
+    model: nn.Module, site: Site, new: nn.Module, around: Surroundings | None = None
+) -> str | None:
     """The reason why `new` lacks an attribute whose dtype, device or shape a parent asks for."""
     if site.form != "module":
         return None
-    for read in reads_of(model, module_at(model, site.path)):
+    for read in (around or Surroundings(model)).reads_of(module_at(model, site.path)):
         if read.fact and getattr(new, read.attribute, None) is None:
             return f"{read}, and the replacement has no {read.attribute}"
     return None

@@ -8,7 +8,10 @@ from dataclasses import dataclass, replace
 from torch.export import ExportedProgram
 
 from normsurgery.errors import CannotRewrite, UsageError
+from normsurgery.fold.editing import edited
+from normsurgery.fold.edits import Create
 from normsurgery.plan import Plan
+from normsurgery.surgery.application import aliases_of
 from normsurgery.surgery.building import Built, built_step, note
 from normsurgery.surgery.keymap import Entries, KeyMap
 from normsurgery.surgery.owner.graphs import rewrite_exported
@@ -44,6 +47,33 @@ def apply_to_program(program: ExportedProgram, plan: Plan) -> AppliedToProgram:
     return AppliedToProgram(changed, carried_out, _keymap(program, changed, done, carried_out))
 
 
+def fold_program(program: ExportedProgram, plan: Plan) -> AppliedToProgram:
+    """A new program with the edits of a fold made and its norms taken out.
+
+    Where a norm cannot be taken out nothing is done, and it is a Skip of the returned plan. Raises
+    CannotHold where a weight cannot hold what the fold makes of it.
+    """
+    module = program.module()
+    built = [built_step(module, step, plan.init) for step in plan.steps]
+    refused = _refused(program, built)
+    if refused:
+        left = tuple(step for step in plan.steps if step.site.label not in refused)
+        skips = (*refused.values(), *plan.skips)
+        return AppliedToProgram(
+            program, replace(plan, steps=left, skips=skips), Entries().keymap(plan)
+        )
+    held = {**program.constants, **program.state_dict}
+    tensors = edited(plan.steps, held)
+    created = [e for step in plan.steps for e in step.edits if isinstance(e, Create)]
+    changed = rewrite_exported(
+        program,
+        [(item.step.site, item.new) for item in built],
+        tensors,
+        {edit.target: edit.like for edit in created},
+    )
+    return AppliedToProgram(changed, plan, _keymap(program, changed, built, plan))
+
+
 def _refused(program: ExportedProgram, built: Sequence[Built]) -> dict[str, Skip]:
     """The sites that cannot be rewritten, each tried alone, by label."""
     refused: dict[str, Skip] = {}
@@ -65,4 +95,5 @@ def _keymap(
     for position, item in enumerate(done):
         left -= note(position, item, ("",), entries, f"{item.step.child}.", set(new.state_dict))
     entries.dropped += sorted(left)
+    entries.aliases = aliases_of(old.module(), plan)
     return entries.keymap(plan)

@@ -51,24 +51,32 @@ class Read:
 
 def reads_of(model: nn.Module, wanted: nn.Module) -> Iterator[Read]:
     """Every read of an attribute of `wanted` in the forward of another module."""
+    yield from reads(model).get(id(wanted), ())
+
+
+def reads(model: nn.Module) -> dict[int, list[Read]]:
+    """Every read of an attribute of a module in the forward of another one, by the `id` of it."""
+    found: dict[int, list[Read]] = {}
     for path, owner in model.named_modules():
-        if owner is wanted:
-            continue
         for function, chain in _forward_chains(owner):
-            for rest in _passes_through(owner, chain, wanted):
-                if rest[0] not in HARMLESS:
+            for module, rest in _passed(owner, chain):
+                if module is not owner and rest[0] not in HARMLESS:
                     fact = len(rest) > 1 and rest[1] in HARMLESS_OF_TENSOR
-                    yield Read(path, function, "self." + ".".join(chain), rest[0], fact)
+                    read = Read(path, function, "self." + ".".join(chain), rest[0], fact)
+                    found.setdefault(id(module), []).append(read)
+    return found
 
 
-def _passes_through(owner: nn.Module, chain: Chain, wanted: nn.Module) -> Iterator[Chain]:
-    """What is left of `self.<chain>` after it has reached `wanted`, if it does and goes on."""
-    reached: list[Any] = [owner]
+def _passed(owner: nn.Module, chain: Chain) -> Iterator[tuple[nn.Module, Chain]]:
+    """The modules that `self.<chain>` reaches on its way, with what is left of it from there."""
+    reached: list[nn.Module] = [owner]
+    seen: set[int] = set()
     for position, name in enumerate(chain[:-1]):
         reached = [found for value in reached for found in _step(value, name)]
-        if any(value is wanted for value in reached):
-            yield chain[position + 1 :]
-            return
+        for module in reached:
+            if id(module) not in seen:
+                seen.add(id(module))
+                yield module, chain[position + 1 :]
 
 
 def _step(value: nn.Module, name: str) -> list[nn.Module]:

@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from normsurgery.errors import CannotRead, CannotRewrite, UsageError
 from normsurgery.norms.weightstandardization import is_standardized, take_off
-from normsurgery.plan import Plan, Step
+from normsurgery.plan import MERGED, Plan, Step
 from normsurgery.surgery.application import apply
 from normsurgery.surgery.owner import Placement, is_rewritten, reapply, restore
 from normsurgery.surgery.remember import remember
@@ -67,8 +67,11 @@ def restore_rewrites(model: nn.Module, plan: Plan | Report) -> nn.Module:
 
     Raises CannotRead where a forward is written differently than when the plan was made.
     """
+    from normsurgery.fold.merging import reapply_merges
+
     made = plan if isinstance(plan, Plan) else plan.plan
-    weights = tuple(step for step in made.steps if step.site.attach == "weight")
+    # What a fold baked in is a plain layer, which is saved as it is.
+    weights = tuple(s for s in made.steps if s.site.attach == "weight" and s.action != "fold")
     if weights:
         model = apply(model, replace(made, steps=weights), None).model
     calls = [step for step in made.steps if step.site.form != "module"]
@@ -77,9 +80,12 @@ def restore_rewrites(model: nn.Module, plan: Plan | Report) -> nn.Module:
         if isinstance(owner, fx.GraphModule):
             continue  # its graph is saved as it is
         steps = [step for step in calls if step.site.path == path]
-        placements = [Placement(step.site, step.child, _taken(owner, step)) for step in steps]
         try:
-            reapply(owner, placements)
+            if steps[0].rule == MERGED:
+                reapply_merges(owner, steps)
+            else:
+                made_of = [Placement(s.site, s.child, _taken(owner, s)) for s in steps]
+                reapply(owner, made_of)
         except CannotRewrite as error:
             raise CannotRead(
                 f"the forward of {path or made.model} cannot be rewritten as it was: "

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from normsurgery.errors import UsageError
-from normsurgery.spec import Conversion, Source
+from normsurgery.norms.carry import AFFINE_ROLES
+from normsurgery.plan import Step
+from normsurgery.spec import Conversion, Source, get
 from normsurgery.survey import Site
 
 PARAMETRIZED = ".parametrizations."
@@ -60,6 +63,31 @@ def source_of(model: nn.Module, site: Site) -> Source:
         dtype=dtype,
         device=device,
     )
+
+
+def conversion_of(step: Step) -> Conversion | None:
+    """What builds the new norm of a step; of a fold that pads explicitly, with the padding."""
+    from normsurgery.fold.channel_pad import conversion_to_padding
+
+    conversion = get(step.to).conversion(step.site.kind)
+    padded = step.action == "fold" and "pad" in step.options
+    return conversion_to_padding(conversion) if padded else conversion
+
+
+def what_is_left(source: Source, step: Step) -> tuple[Source, Mapping[str, Any]]:
+    """What a step's conversion starts from, and its options.
+
+    A fold with `affine=False` has put the norm's weight and bias elsewhere; with `unpadded` it
+    names convolutions, which are no business of the norm's.
+    """
+    if step.action != "fold":
+        return source, step.options
+    if "pad" in step.options or step.options.get("affine", True):
+        named = {name: value for name, value in step.options.items() if name != "unpadded"}
+        return source, named
+    rest = {role: t for role, t in source.tensors.items() if role not in AFFINE_ROLES}
+    options = {name: value for name, value in step.options.items() if name != "affine"}
+    return replace(source, tensors=rest), options
 
 
 def _place(

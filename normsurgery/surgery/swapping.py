@@ -169,6 +169,8 @@ def _planned(
 ) -> tuple[Plan, tuple[str, ...]]:
     """The plan that was given, or one made from what is found; and what to say about that."""
     if request.plan is not None:
+        if any(step.action == "fold" for step in request.plan.steps):
+            raise UsageError("this is the plan of a fold. Use fold(plan=...).")
         check_promise(request.plan, request.require)
         return request.plan, ()
     survey = survey_for(model, request.to, request.rules, inputs)

@@ -51,27 +51,33 @@ def held_elsewhere(model: nn.Module, wanted: nn.Module) -> str | None:
 
     A replacement in the tree would not reach such a reference, and the forward may go on using it.
     """
+    return holders(model).get(id(wanted))
+
+
+def holders(model: nn.Module) -> dict[int, str]:
+    """For every module that another one holds outside the module tree, by `id`, where first."""
+    found: dict[int, str] = {}
     for path, module in model.named_modules():
-        if module is wanted:
-            continue
         for name, value in vars(module).items():
-            if name not in REGISTRIES and _holds(value, wanted):
-                return f"{path}.{name}" if path else name
-    return None
+            if name in REGISTRIES:
+                continue
+            for held in _modules_in(value):
+                if held is not module:
+                    found.setdefault(id(held), f"{path}.{name}" if path else name)
+    return found
 
 
-def _holds(value: Any, wanted: nn.Module) -> bool:
+def _modules_in(value: Any) -> Iterator[nn.Module]:
     seen: set[int] = set()
     open_values = deque([value])
     while open_values:
         current = open_values.popleft()
-        if current is wanted:
-            return True
         if id(current) in seen:
             continue
         seen.add(id(current))
+        if isinstance(current, nn.Module):
+            yield current
         open_values.extend(_parts(current))
-    return False
 
 
 def _parts(value: Any) -> Iterator[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
 from normsurgery.errors import CannotRead, UsageError
@@ -46,6 +46,20 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
             "Run one forward on the model first."
         )
     return model, notes
+
+
+def has_mode(model: nn.Module) -> bool:
+    """Whether train and eval mode are two for the model.
+
+    In a graph of ATen operators, as of an exported program, each says for itself what it computes
+    with; only a module put into it may have statistics.
+    """
+    if not isinstance(model, fx.GraphModule):
+        return True
+    if not any(isinstance(node.target, torch._ops.OpOverload) for node in model.graph.nodes):
+        return True
+    called = (n.target for n in model.graph.nodes if n.op == "call_module")
+    return any(True for path in called for _ in model.get_submodule(path).buffers())
 
 
 def _distributed_wrapper(model: nn.Module) -> str | None:

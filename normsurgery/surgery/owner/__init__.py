@@ -30,21 +30,25 @@ __all__ = [
 
 
 def rewrite_owner(
-    owner: nn.Module, placements: Sequence[Placement], calls: Sequence[OwnerCall]
+    owner: nn.Module,
+    placements: Sequence[Placement],
+    calls: Sequence[OwnerCall],
+    *,
+    modes: Sequence[bool] = (False, True),
 ) -> Rewriting:
     """Put each placement's module in the place of its call or formula, editing `owner` in place.
 
     By fx first, where that is exactly faithful, else in the source of its forward; either is
     accepted only if, with the norms swapped to themselves, it does on the recorded `calls` what
-    the owner does, in train and in eval mode. The tensors that the new norms take over leave the
-    owner (`Rewriting.moved`), those that other code reads stay (`Rewriting.kept`).
+    the owner does, in each of `modes` (whether it trains). The tensors that the new norms take over
+    leave the owner (`Rewriting.moved`), those that other code reads stay (`Rewriting.kept`).
 
     Raises CannotRewrite, and then `owner` is as it was.
     """
 
     def accepted(way: Callable[[nn.Module, Sequence[Placement]], Rewriting]) -> Rewriting:
         found = way(owner, placements)
-        prove(owner, found, placements, calls)
+        prove(owner, found, placements, calls, modes)
         return found
 
     return _install_first(owner, placements, (fx.rewriting, source.rewriting), accepted)

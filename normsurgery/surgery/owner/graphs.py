@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,10 +21,14 @@ from torch.export.graph_signature import (
 from torch.utils._pytree import tree_map
 
 from normsurgery.errors import CannotRewrite
+from normsurgery.surgery.owner.biases import give_bias, weight_without_bias
 from normsurgery.survey import Site
 from normsurgery.treecopy import tree_copy
 
 Replacement = tuple[Site, nn.Module]
+NO_TENSORS: Mapping[str, Tensor] = MappingProxyType({})
+NO_NAMES: Mapping[str, str] = MappingProxyType({})
+ASSERTS = torch.ops.aten._assert_tensor_metadata.default
 # The order in which a program takes the tensors of its model, before the user's inputs.
 LIFTED = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
@@ -58,9 +63,15 @@ def rewrite_graph_module(
 
 
 def rewrite_exported(
-    program: ExportedProgram, replacements: Sequence[Replacement]
+    program: ExportedProgram,
+    replacements: Sequence[Replacement],
+    tensors: Mapping[str, Tensor] = NO_TENSORS,
+    biases: Mapping[str, str] = NO_NAMES,
 ) -> ExportedProgram:
     """A program with the node of each site replaced by the operations of its module, in eval mode.
+
+    tensors: new values by name in its state_dict or constants, also of those `biases` (name -> name
+    of the weight it belongs to) that calls without a bias get.
 
     The new parameters are in its state_dict and signature as `norm_0.weight` and so on, the old
     ones are gone where nothing reads them; symbolic sizes stay symbolic. The given program is
@@ -69,6 +80,9 @@ def rewrite_exported(
     mode), or where a module cannot be exported on the site's input.
     """
     edited = _Program(program)
+    edited.set_tensors({name: t for name, t in tensors.items() if name not in biases})
+    for bias, weight in biases.items():
+        edited.give_bias(bias, weight, tensors[bias])
     names = edited.fresh_names(len(replacements))
     for name, (site, module) in zip(names, replacements, strict=True):
         edited.replace(name, site, module)
@@ -142,16 +156,48 @@ class _Program:
         saved = spec.target in piece.state_dict
         tensor = (piece.state_dict if saved else piece.constants)[spec.target]
         (self.tensors if saved else self.constants)[target] = tensor
-        before = LIFTED[: LIFTED.index(spec.kind) + 1]
+        new = self._add_placeholder(f"{node.name}_{name}", spec.kind, target, spec.persistent)
+        new.meta = {**node.meta, "val": self.mode.from_tensor(tensor, static_shapes=True)}
+        return new
+
+    def _add_placeholder(
+        self, name: str, kind: InputKind, target: str, persistent: bool | None
+    ) -> fx.Node:
+        before = LIFTED[: LIFTED.index(kind) + 1]
         place = sum(other.kind in before for other in self.inputs)
         following = list(_placeholders(self.graph))[place:]
         first = following[0] if following else next(iter(self.graph.nodes))
         with self.graph.inserting_before(first):
-            new: fx.Node = self.graph.placeholder(f"{node.name}_{name}")
-        new.meta = {**node.meta, "val": self.mode.from_tensor(tensor, static_shapes=True)}
+            new: fx.Node = self.graph.placeholder(name)
         argument = TensorArgument(name=new.name)
-        self.inputs.insert(place, InputSpec(spec.kind, argument, target, spec.persistent))
+        self.inputs.insert(place, InputSpec(kind, argument, target, persistent))
         return new
+
+    def set_tensors(self, values: Mapping[str, Tensor]) -> None:
+        """New values in place of the old, under every name of a tied tensor."""
+        held = {**self.constants, **self.tensors}
+        for name, value in values.items():
+            old = held[name]
+            new = value
+            if isinstance(old, nn.Parameter):
+                new = nn.Parameter(value, requires_grad=old.requires_grad)
+            for group in (self.tensors, self.constants):
+                group.update({n: new for n, tensor in group.items() if tensor is old})
+
+    def give_bias(self, name: str, weight: str, value: Tensor) -> None:
+        """A new parameter for every call without a bias that reads the weight."""
+        held: Tensor = self.tensors[weight]
+        same = {n for n, tensor in self.tensors.items() if tensor is held}
+        pairs = list(zip(_placeholders(self.graph), self.inputs, strict=True))
+        reads = {node for node, spec in pairs if spec.target in same}
+        new = self._add_placeholder(
+            f"p_{name.replace('.', '_')}", InputKind.PARAMETER, name, persistent=None
+        )
+        new.meta = {"val": self.mode.from_tensor(value, static_shapes=True)}
+        self.tensors[name] = nn.Parameter(value, requires_grad=held.requires_grad)
+        for call in self.graph.nodes:
+            if weight_without_bias(call) in reads:
+                give_bias(call, new)
 
     def drop(self, names: frozenset[str]) -> None:
         """The old norm's tensors that no node reads any more."""
@@ -244,12 +290,17 @@ def _first_input(node: fx.Node) -> fx.Node | None:
 def erase(output: fx.Node, keep: fx.Node) -> None:
     """Erase a node without users, and then everything above it that only it needed."""
     graph = output.graph
-    waiting = [output]
+    waiting, gone = [output], set()
     while waiting:
         node = waiting.pop()
-        if node is keep or node.users or node.op in ("placeholder", "output"):
+        if node is keep or node in gone or node.op in ("placeholder", "output"):
             continue
+        if not all(user.target is ASSERTS for user in node.users):
+            continue
+        for user in list(node.users):
+            graph.erase_node(user)
         above = node.all_input_nodes
+        gone.add(node)
         graph.erase_node(node)
         waiting.extend(above)
 

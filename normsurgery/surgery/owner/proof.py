@@ -31,6 +31,7 @@ from normsurgery.surgery.owner.rewriting import (
     tensor_at,
     tensor_names,
 )
+from normsurgery.treecopy import tree_copy
 
 RELATIVE = 1e-10  # the criterion for formulas in float64
 SEED = 0x5EED
@@ -54,8 +55,9 @@ def prove(
     rewriting: Rewriting,
     placements: Sequence[Placement],
     calls: Sequence[OwnerCall],
+    modes: Sequence[bool] = (False, True),
 ) -> None:
-    """Raise CannotRewrite unless the rewriting computes what the owner does.
+    """Raise CannotRewrite unless the rewriting computes what the owner does, in these modes.
 
     Nothing of `owner` is touched. A mode in which the original itself raises on every call proves
     nothing and is no objection; if it raises everywhere, the rewriting is refused.
@@ -73,7 +75,7 @@ def prove(
         ran = [
             _compare(original, rewritten, rewriting, names, replace(call, training=training))
             for call in calls
-            for training in (False, True)
+            for training in modes
         ]
     if not any(ran):
         raise CannotRewrite("its forward raises in float64, so that no rewriting can be proven")
@@ -89,6 +91,9 @@ def _put_identities(
     modules: dict[str, nn.Module] = {}
     renamed: dict[str, str] = {}
     for placement in placements:
+        if placement.copied:
+            modules[placement.name] = tree_copy(rewritten.get_submodule(placement.copied))
+            continue
         own = tensor_names(original, placement)
         module = _identity(original, placement, own)
         modules[placement.name] = module

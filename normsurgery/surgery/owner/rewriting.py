@@ -20,13 +20,15 @@ class Placement:
     """A norm that takes the place of one call or formula: `owner.<name> = module`.
 
     `source` is what the module was converted from; it is needed only where the old norm's tensors
-    live outside the owner.
+    live outside the owner. `copied` is set where it is no norm but a copy of the module of that
+    name, which the expression calls.
     """
 
     site: Site
     name: str
     module: nn.Module
     source: Source | None = None
+    copied: str = ""
 
     @property
     def call(self) -> CallSite:

@@ -1,0 +1,273 @@
+"""From the input of a norm back to what makes it: the weights that can take up its affine.
+
+`producers(value, affine)` answers with the Landings after which the value is scale * value + shift,
+and nothing else in the model sees another number. Each kind of node is one small function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from normsurgery.fold.channels import NEUTRAL, backwards, forwards, moves, squeezed, varies
+from normsurgery.fold.checks import Check
+from normsurgery.fold.edits import Create, Edit, Fill, Scale, Shift
+from normsurgery.fold.ground import Affine, Ground, Landing, Refused, Run, is_torch_layer
+from normsurgery.fold.landings import (
+    EMBEDDING,
+    affine_at,
+    is_layer,
+    on_constant,
+    on_output,
+    on_rows,
+)
+from normsurgery.fold.linearity import (
+    AVERAGES,
+    GATHERS,
+    PADDINGS,
+    averaged_backwards,
+    averages_evenly,
+    gathered_axes,
+    number_of,
+    padded_axes,
+    pads_with_values,
+    picks,
+    why_not,
+)
+from normsurgery.graph.flow import Node, Operand
+from normsurgery.surgery.source import tensor_at
+from normsurgery.survey import Site
+
+
+class Backward:
+    """One walk; `changed` are the values that hold other numbers afterwards."""
+
+    def __init__(self, ground: Ground) -> None:
+        self.ground = ground
+        self.flow = ground.flow
+        self.changed: set[int] = set()
+
+    def through_run(self, run: Run, channels: Tensor, affine: Affine) -> list[Landing]:
+        """The landings after which the norm may go. Raises Refused."""
+        return self.producers(run.start, run.nodes, channels, affine)
+
+    def producers(
+        self, value: int, readers: Sequence[Node], channels: Tensor, affine: Affine
+    ) -> list[Landing]:
+        value, readers = self._before(value, readers)
+        node = self.flow.maker(value)
+        if node is None:
+            raise Refused(Check.NO_NEIGHBOUR, f"{self.ground.name(value)} is no layer's output")
+        self.changed.add(value)
+        absorbed = self._norm(value, channels, affine)
+        if absorbed is not None:
+            self.ground.require_only(value, readers)
+            return [absorbed]
+        if moves(self.flow, node):
+            return self._moved(node, value, readers, channels, affine)
+        self.ground.require_only(value, readers)
+        return self._made(node, value, channels, affine)
+
+    def _before(self, value: int, readers: Sequence[Node]) -> tuple[int, Sequence[Node]]:
+        """In front of the norms that are gone: their ends and starts are one value now."""
+        while value in self.ground.gone:
+            self.ground.require_only(value, readers)
+            self.changed.add(value)
+            run = self.ground.ends[value]
+            value, readers = run.start, run.nodes
+        return value, readers
+
+    def _made(self, node: Node, value: int, channels: Tensor, affine: Affine) -> list[Landing]:
+        if is_layer(self.ground, node):
+            return [on_output(self.ground, node, channels, affine)]
+        if node.name == EMBEDDING and self.flow.is_constant(node.inputs[0]):
+            return [on_rows(self.ground, node, channels, affine)]
+        step = _STEPS.get(node.name)
+        if step is None:
+            name = node.name.removeprefix("aten::")
+            raise Refused(why_not(node), f"{name} in {self.ground.path(node)}")
+        return step(self, node, channels, affine)
+
+    def _norm(self, value: int, channels: Tensor, affine: Affine) -> Landing | None:
+        """A norm whose own scale and shift come last takes up more of them."""
+        run = self.ground.ends.get(value)
+        if run is None or run.end != value or value in self.ground.gone:
+            return None
+        return on_norm(self.ground, run, channels, affine)
+
+    # --- one kind of node each ------------------------------------------------------------------
+
+    def _moved(
+        self, node: Node, value: int, readers: Sequence[Node], channels: Tensor, affine: Affine
+    ) -> list[Landing]:
+        self.ground.require_only(value, readers)
+        found = backwards(self.flow, node, channels, value)
+        if found is None:
+            raise Refused(Check.AXIS, f"{self.ground.path(node)} mixes the channels with others")
+        source = node.inputs[0]
+        # Other parts of the same tensor may be read: they stay as they are.
+        parts = [n for n in self.flow.readers(source) if n.index == node.index]
+        if picks(node) and bool((found == NEUTRAL).any()):
+            parts += self._untouched(node, source, found)
+        elif len(node.outputs) > 1:
+            for other in node.outputs:
+                if other != value:
+                    self.ground.require_only(other, ())
+        return self.producers(source, parts, found, affine)
+
+    def _untouched(self, node: Node, source: int, channels: Tensor) -> list[Node]:
+        """The readers of the source that pick only what stays neutral."""
+        found = []
+        for reader in self.flow.readers(source):
+            if reader.index == node.index or not picks(reader):
+                continue
+            seen = [forwards(self.flow, reader, channels, output) for output in reader.outputs]
+            if all(part is not None and bool((part == NEUTRAL).all()) for part in seen):
+                found.append(reader)
+        return found
+
+    def _sum(self, node: Node, channels: Tensor, affine: Affine) -> list[Landing]:
+        """scale * (a + b) + shift: both are scaled, one of them is shifted."""
+        if node.kwargs.get("alpha", 1) != 1 or len(node.inputs) != 2:
+            raise Refused(Check.UNKNOWN, f"{self.ground.path(node)} adds a number or a multiple")
+        constants = [v for v in node.inputs if self.flow.is_constant(v)]
+        parts = [v for v in node.inputs if v not in constants]
+        if constants:
+            first = on_constant(self.ground, node, constants[0], channels, affine)
+            rest = self._operand(node, parts[0], channels, affine.without_shift())
+            return [first, *rest]
+        first_part = self._operand(node, parts[0], channels, affine)
+        return first_part + self._operand(node, parts[1], channels, affine.without_shift())
+
+    def _operand(self, node: Node, value: int, channels: Tensor, affine: Affine) -> list[Landing]:
+        """One summand, which may have been broadcast."""
+        shape = self.flow.shape(value)
+        own = channels.reshape(channels.shape[channels.dim() - len(shape) :])
+        for axis, size in enumerate(shape):
+            if own.shape[axis] not in (1, size):
+                raise Refused(Check.AXIS, f"{self.ground.path(node)} repeats one channel over all")
+        if own.numel() != channels.numel():
+            raise Refused(Check.AXIS, f"{self.ground.path(node)} repeats one channel over all")
+        return self.producers(value, (node,), own, affine)
+
+    def _cat(self, node: Node, channels: Tensor, affine: Affine) -> list[Landing]:
+        """Each part takes up what belongs to it."""
+        axis = int(node.argument(1, "dim", 0)) % channels.dim()
+        landings: list[Landing] = []
+        start = 0
+        for part in node.inputs:
+            size = self.flow.shape(part)[axis]
+            if size == 0:
+                continue
+            own = channels.narrow(axis, start, size) if varies(channels, axis) else channels
+            start += size
+            landings += self.producers(part, (node,), squeezed(own), affine)
+        return landings
+
+    def _average(self, node: Node, channels: Tensor, affine: Affine) -> list[Landing]:
+        source = node.inputs[0]
+        found = averaged_backwards(node, channels, self.flow.shape(source))
+        if found is None:
+            raise Refused(Check.AXIS, f"{self.ground.path(node)} averages over the channels")
+        if affine.shift is not None and not averages_evenly(node):
+            raise Refused(
+                Check.ZERO_PADDING, f"{self.ground.path(node)} averages zeros in at the border"
+            )
+        return self.producers(source, (node,), found, affine)
+
+    def _padded(self, node: Node, channels: Tensor, affine: Affine) -> list[Landing]:
+        axes = padded_axes(node, channels.dim())
+        empty = not axes and self.ground.choices.assume_inputs
+        if affine.shift is not None and not (pads_with_values(node) or empty):
+            raise Refused(Check.ZERO_PADDING, f"{self.ground.path(node)} pads with a constant")
+        if any(varies(channels, axis) for axis in axes):
+            raise Refused(Check.AXIS, f"{self.ground.path(node)} pads the channels")
+        return self.producers(node.inputs[0], (node,), channels, affine)
+
+    def _gathered(self, node: Node, channels: Tensor, affine: Affine) -> list[Landing]:
+        axes = gathered_axes(self.flow, node)
+        if axes is None or any(varies(channels, axis) for axis in axes):
+            raise Refused(Check.AXIS, f"{self.ground.path(node)} gathers channels")
+        return self.producers(node.inputs[0], (node,), channels, affine)
+
+    def _times(self, node: Node, channels: Tensor, affine: Affine) -> list[Landing]:
+        if len(node.inputs) > 1:
+            return self._scaled(node, channels, affine)
+        number = number_of(node)
+        if not number:
+            raise Refused(Check.NON_LINEAR, f"{self.ground.path(node)} multiplies by {number}")
+        return self.producers(node.inputs[0], (node,), channels, affine.over(number))
+
+    def _scaled(self, node: Node, channels: Tensor, affine: Affine) -> list[Landing]:
+        """A learned scale in between: it takes up the scale, and hands no shift on."""
+        weights = [v for v in node.inputs if self.flow.is_constant(v)]
+        if node.name != "aten::mul" or len(weights) != 1:
+            raise Refused(Check.NON_LINEAR, f"a product in {self.ground.path(node)}")
+        (x,) = (v for v in node.inputs if v not in weights)
+        if affine.shift is not None:
+            raise Refused(Check.UNKNOWN, f"{self.ground.path(node)} multiplies with a weight")
+        if affine.scale is None:
+            return self.producers(x, (node,), channels, affine)
+        return [on_constant(self.ground, node, weights[0], channels, affine)]
+
+
+def on_norm(ground: Ground, run: Run, channels: Tensor, affine: Affine) -> Landing | None:
+    """The weight and bias of a norm take up an affine of its output; None where it has none."""
+    site = run.site
+    node = run.nodes[-1] if run.nodes else None
+    offset = float(site.settings.get("weight_offset", 0.0))
+    if node is None or site.attach != "norm" or offset:
+        return None
+    wanted = [role for role in ("weight", "bias") if role not in site.parameters]
+    created = _created(ground, site, wanted) if wanted else []
+    if "weight" in wanted and not created:
+        return None
+    if "bias" in wanted and not created and affine.shift is not None:
+        return None
+    placed = affine_at(ground, node, channels, int(site.settings.get("channel_axis", 1)), affine)
+    edits: list[Edit] = list(created)
+    tensors: list[Operand] = []
+    names = {edit.target.rpartition(".")[2]: edit.target for edit in created}
+    for role, name in {**site.parameters, **names}.items():
+        if role not in ("weight", "bias"):
+            continue
+        if role in site.parameters and name not in ground.created:
+            tensor = tensor_at(ground.model, name)
+            if tensor.dim() != 1:
+                return None
+            tensors.append(Operand(name, tensor, (0,)))
+        edits += [Scale(name, placed.scale, 0)] if placed.scale is not None else []
+        if role == "bias" and placed.shift is not None:
+            edits.append(Shift(name, placed.shift))
+    return Landing(run.nodes, tuple(tensors), tuple(edits))
+
+
+def _created(ground: Ground, site: Site, roles: Sequence[str]) -> list[Create | Fill]:
+    """A neutral weight and bias for a norm of torch's with statistics that was made without."""
+    statistic = site.parameters.get("running_var")
+    if statistic is None or site.form != "module" or ground.choices.keep_classes:
+        return []
+    module = ground.model.get_submodule(site.path)
+    if not is_torch_layer(module) or any(role not in module._parameters for role in roles):
+        return []
+    prefix = f"{site.path}." if site.path else ""
+    shape = tuple(tensor_at(ground.model, statistic).shape)
+    edits: list[Create | Fill] = []
+    for role in roles:
+        edits.append(Create(prefix + role, shape, statistic))
+        edits += [Fill(prefix + role, 1.0)] if role == "weight" else []
+    return edits
+
+
+Step = Callable[[Backward, Node, Tensor, Affine], list[Landing]]
+_STEPS: dict[str, Step] = {
+    "aten::add": Backward._sum,
+    "aten::cat": Backward._cat,
+    "aten::mul": Backward._times,
+    "aten::div": Backward._times,
+    "aten::neg": Backward._times,
+    **dict.fromkeys(AVERAGES, Backward._average),
+    **dict.fromkeys(PADDINGS, Backward._padded),
+    **dict.fromkeys(GATHERS, Backward._gathered),
+}

@@ -1,0 +1,365 @@
+"""Which rule folds each norm of a recorded run, site by site in the order they run."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+from torch import nn
+
+from normsurgery.errors import CannotConvert
+from normsurgery.find import Located
+from normsurgery.fold.agreement import agree
+from normsurgery.fold.checks import Check, NoMatch
+from normsurgery.fold.edits import Fill
+from normsurgery.fold.ground import Choices, Ground, Landing, Refused, Run
+from normsurgery.fold.merging import merge_steps
+from normsurgery.fold.parallel_branches import branch_sums
+from normsurgery.fold.preconditions import (
+    require,
+    require_called_as,
+    require_eval,
+    require_no_hooks,
+)
+from normsurgery.fold.residual_stream import is_candidate, stream_of
+from normsurgery.fold.rules import (
+    AFFINE_RULES,
+    TAIL_RULES,
+    Proposal,
+    is_affine,
+)
+from normsurgery.graph.branches import hidden_uses, same_conditions
+from normsurgery.plan import MERGED, Step
+from normsurgery.spec import Fidelity, get
+from normsurgery.surgery.obstacles import lost_fact
+from normsurgery.surgery.source import build, source_of, tensor_at, what_is_left
+from normsurgery.surgery.surroundings import Surroundings
+from normsurgery.survey import Site, Skip
+
+Decision = Step | Skip
+
+
+class Decider:
+    """Decides site by site, in the order they run: norms that are affine first, then the rest."""
+
+    def __init__(self, model: nn.Module, choices: Choices, refused: Mapping[str, NoMatch]) -> None:
+        self.model = model
+        self.choices = choices
+        self.refused = refused
+        self.around = Surroundings(model)
+
+    def decide(self, located: Located, chosen: Collection[int]) -> list[Decision]:
+        ground = Ground(located, self.choices)
+        sites = _in_order(ground)
+        ordered = [s for s in sites if is_affine(s)] + [s for s in sites if not is_affine(s)]
+        decided = {
+            site.index: self._decided(ground, site)
+            if site.index in chosen
+            else Skip(site.label, "not selected", "", site.kind)
+            for site in ordered
+        }
+        self._try_again(ground, decided)
+        for index, made in decided.items():  # a norm may have been given a weight since
+            if isinstance(made, Step) and made.rule != MERGED:
+                decided[index] = replace(made, site=ground.site(index))
+        self._merge(ground, chosen, decided)
+        if self.choices.rmsnorm:
+            for site in ordered:
+                self._centre(ground, site, chosen, decided)
+        return list(decided.values())
+
+    def _try_again(self, ground: Ground, decided: dict[int, Decision]) -> None:
+        """What was in the way of one norm may itself be gone by now."""
+        changed = True
+        while changed:
+            changed = False
+            for site in list(ground.located.survey):
+                old = decided[site.index]
+                if not _is_left(old, site) or site.index not in ground.runs:
+                    continue
+                new = self._decided(ground, site)
+                if isinstance(new, Step) and not _is_left(new, site):
+                    del decided[site.index]
+                    decided[site.index] = new
+                    changed = True
+
+    def _merge(self, ground: Ground, chosen: Collection[int], decided: dict[int, Decision]) -> None:
+        """Make one layer of parallel branches; a norm among them goes with them. Comes last: every
+        edit of a branch is done before."""
+        if self.choices.keep_classes:
+            return
+        sums = [
+            found
+            for found in branch_sums(ground)[0]
+            if found.label not in self.refused
+            and all(site.index in chosen for site in found.identities)
+        ]
+        made = (step for step in decided.values() if isinstance(step, Step))
+        planned = [edit for step in made for edit in step.edits]
+        for step in merge_steps(ground, sums, planned):
+            decided.pop(step.site.index, None)
+            decided[step.site.index] = step
+
+    def _centre(
+        self, ground: Ground, site: Site, chosen: Collection[int], decided: dict[int, Decision]
+    ) -> None:
+        """Make RMSNorms of all LayerNorms on the stream that this one reads, where it can be."""
+        made = decided[site.index]
+        done = isinstance(made, Step) and made.to == "rmsnorm"
+        if (
+            done
+            or site.index not in chosen
+            or not is_candidate(site)
+            or not ground.runs[site.index]
+        ):
+            return
+        try:
+            stream = stream_of(ground, site)
+            agreed = agree(ground, stream.landings)
+            notes = self._accepted(ground, stream.runs, stream.landings, frozenset(stream.values))
+        except Refused as refusal:
+            decided[site.index] = _stays(site, made, refusal.match)
+            return
+        ground.untied |= agreed.untied
+        sites = [s for s in ground.located.survey if s.index in stream.sites]
+        steps = [
+            step
+            for s in sites
+            if s.index in chosen and s.label not in self.refused
+            if (step := _as_rmsnorm(ground, s, decided[s.index])) is not None
+        ]
+        if not steps:
+            return
+        # Other folds may still write to what is centred: it comes last.
+        steps[-1] = replace(
+            steps[-1],
+            edits=(*steps[-1].edits, *agreed.edits),
+            notes=(*steps[-1].notes, *agreed.notes, *notes),
+        )
+        for step in steps:
+            del decided[step.site.index]
+            decided[step.site.index] = step
+
+    def _decided(self, ground: Ground, site: Site) -> Decision:
+        site = ground.site(site.index)
+        if site.label in self.refused:
+            return skip(site, [self.refused[site.label]])
+        failed: list[NoMatch] = []
+        try:
+            require(ground, self.model, site, self.around)
+        except Refused as refusal:
+            return skip(site, [refusal.match])
+        for rule in AFFINE_RULES if is_affine(site) else TAIL_RULES:
+            try:
+                proposal = rule(ground, site)
+                runs = ground.runs[site.index]
+                notes = self._accepted(
+                    ground, runs, proposal.landings, proposal.changed, _last_axis(site, proposal)
+                )
+            except Refused as refusal:
+                failed.append(refusal.match)
+                continue
+            step = _step(ground, site, proposal, (*notes, *_still(proposal, failed)))
+            made = _readable(ground, self.model, step, self.around)
+            if isinstance(made, Skip):
+                return made
+            take(ground, site, proposal)
+            return made
+        return skip(site, failed)
+
+    def _accepted(
+        self,
+        ground: Ground,
+        runs: Sequence[Run],
+        landings: Sequence[Landing],
+        changed: frozenset[int],
+        last_axis: Literal["scale", "affine"] | None = None,
+    ) -> tuple[str, ...]:
+        """What to say about the step. Raises Refused where the data flow does not tell all."""
+        if not landings:
+            return ()
+        recording = ground.located.recording
+        nodes = [node for landing in landings for node in landing.nodes]
+        nodes += [node for run in runs for node in run.nodes]
+        modules = {id(n.module): n.module for n in nodes if n.module is not None}
+        require_no_hooks(ground, changed, modules.values())
+        require_eval(ground, self.model, changed)
+        unseen = hidden_uses(
+            recording,
+            modules=tuple(modules.values()),
+            values=changed,
+            last_axis=last_axis,
+        )
+        between = (ground.flow.maker(value) for value in changed)
+        nodes += [node for node in between if node is not None]
+        apart = same_conditions(
+            recording, [recording.ops[i] for i in sorted({n.index for n in nodes})]
+        )
+        reasons = (*unseen, *(() if apart is None else (apart,)))
+        if reasons and not self.choices.assume_inputs:
+            raise Refused(Check.HIDDEN_BRANCH, reasons[0], _ASSUME)
+        return tuple(f"holds for calls like the example only: {reason}" for reason in reasons)
+
+
+_ASSUME = "assume_inputs=True folds it for calls like the example."
+
+
+def _is_left(made: Decision, site: Site) -> bool:
+    """An affine norm that another one may have been in the way of."""
+    if not is_affine(site):
+        return False
+    return (
+        made.reason != "not selected"
+        if isinstance(made, Skip)
+        else made.rule == "standalone affine"
+    )
+
+
+def _last_axis(site: Site, proposal: Proposal) -> Literal["scale", "affine"] | None:
+    """What crosses to the consumers of a norm of tokens, to which picking tokens makes nothing."""
+    if proposal.rule != "into consumers" or site.settings.get("channel_axis") != -1:
+        return None
+    return "affine" if is_affine(site) or "bias" in site.parameters else "scale"
+
+
+def take(ground: Ground, site: Site, proposal: Proposal) -> None:
+    """From here on the proposal is done."""
+    ground.created |= proposal.agreed.created
+    ground.untied |= proposal.agreed.untied
+    ground.extend(proposal.agreed.created)
+    if proposal.gone:
+        ground.gone.update({run.end: run.start for run in ground.runs[site.index]})
+
+
+def _in_order(ground: Ground) -> list[Site]:
+    """The sites in the order of their first run; those that did not run come last."""
+    last = len(ground.flow.nodes)
+
+    def first(site: Site) -> int:
+        indices = [node.index for run in ground.runs[site.index] for node in run.nodes]
+        return min(indices, default=last)
+
+    return sorted(ground.located.survey, key=first)
+
+
+def _step(ground: Ground, site: Site, proposal: Proposal, notes: tuple[str, ...]) -> Step:
+    edits = proposal.agreed.edits
+    to, options = proposal.to, proposal.options
+    if ground.choices.keep_classes:
+        edits, to, options = (*edits, *_neutral(ground, site)), site.kind, {}
+    return Step(
+        site=site,
+        to=to,
+        options=options,
+        fidelity=Fidelity.EVAL,
+        action="fold",
+        notes=(*proposal.agreed.notes, *proposal.notes, *notes),
+        rule=proposal.rule,
+        edits=edits,
+    )
+
+
+def _as_rmsnorm(ground: Ground, site: Site, made: Decision) -> Step | None:
+    """The step that makes an RMSNorm of a LayerNorm on a centred stream; None if it has a bias."""
+    folded = isinstance(made, Step) and (
+        ground.choices.keep_classes or not made.options.get("affine", True)
+    )
+    if "bias" in site.parameters and not folded and not ground.choices.keep_classes:
+        return None
+    edits = made.edits if isinstance(made, Step) else ()
+    notes = made.notes if isinstance(made, Step) else ()
+    whole = folded or "weight" not in site.parameters
+    return Step(
+        site=site,
+        to=site.kind if ground.choices.keep_classes else "rmsnorm",
+        options={} if ground.choices.keep_classes or not whole else {"affine": False},
+        fidelity=Fidelity.EVAL,
+        action="fold",
+        notes=notes,
+        rule="residual stream",
+        edits=edits,
+    )
+
+
+def _stays(site: Site, made: Decision, match: NoMatch) -> Decision:
+    """A LayerNorm whose mean cannot be folded away."""
+    if isinstance(made, Step):
+        return replace(made, notes=(*made.notes, f"stays a LayerNorm: {match.reason}"))
+    return Skip(site.label, match.reason, match.hint, site.kind)
+
+
+def _neutral(ground: Ground, site: Site) -> tuple[Fill, ...]:
+    """The norm's own tensors, so filled that its scale is 1 and its shift 0."""
+    neutral = {
+        "weight": 1.0 - float(site.settings.get("weight_offset", 0.0)),
+        "bias": 0.0,
+        "running_mean": 0.0,
+        "running_var": 1.0 - float(site.settings.get("eps") or 0.0),
+    }
+    return tuple(
+        Fill(name, neutral[role]) for role, name in site.parameters.items() if role in neutral
+    )
+
+
+def _readable(ground: Ground, model: nn.Module, step: Step, around: Surroundings) -> Decision:
+    """The step, or one that leaves a neutral norm where other code asks for its weight's dtype."""
+    conversion = get(step.to).conversion(step.site.kind)
+    kept = ground.choices.keep_classes or "pad" in step.options
+    if step.site.form != "module" or kept or conversion is None:
+        return step
+    there = {r: name for r, name in step.site.parameters.items() if name not in ground.created}
+    source, options = what_is_left(source_of(model, replace(step.site, parameters=there)), step)
+    try:
+        new = build(conversion, source, options, "copy")
+        require_called_as(ground, step.site, new)
+    except CannotConvert as error:
+        return skip(step.site, [NoMatch(Check.NOT_REWRITABLE, error.why, error.cure)])
+    except Refused as refusal:
+        return skip(step.site, [refusal.match])
+    reason = lost_fact(model, step.site, new, around)
+    if reason is None:
+        return step
+    neutral = _neutral(ground, step.site)
+    if all(edit.target not in ground.created and _is_full(model, edit) for edit in neutral):
+        return skip(step.site, [NoMatch(Check.COMPUTES, reason)])
+    return replace(
+        step,
+        to=step.site.kind,
+        options={},
+        edits=(*step.edits, *neutral),
+        notes=(*step.notes, f"stays, with a scale of 1 and a shift of 0: {reason}"),
+    )
+
+
+def _is_full(model: nn.Module, edit: Fill) -> bool:
+    tensor = tensor_at(model, edit.target)
+    return not tensor.is_meta and bool((tensor == edit.value).all())
+
+
+def _still(proposal: Proposal, failed: Sequence[NoMatch]) -> tuple[str, ...]:
+    """Why an affine is left, where one is."""
+    if not failed or proposal.to != "affine":
+        return ()
+    match = _foremost(failed)
+    return (f"{match.reason}. {match.hint}".rstrip(". "),)
+
+
+def skip(site: Site, failed: Sequence[NoMatch]) -> Skip:
+    match = _foremost(failed)
+    return Skip(site.label, match.reason, match.hint, site.kind)
+
+
+# A rule that fails so never had a chance; what another rule says is the reason.
+_HOPELESS = (Check.NO_NEIGHBOUR, Check.UNKNOWN, Check.NON_LINEAR, Check.ADDED, Check.RETURNED)
+
+
+def _foremost(failed: Sequence[NoMatch]) -> NoMatch:
+    """The failed check that stands closest to a fold; the first among equals."""
+    return min(failed, key=lambda match: _rank(match.check))
+
+
+def _rank(check: Check) -> int:
+    if check is Check.NO_NEIGHBOUR:
+        return 2
+    return 1 if check in _HOPELESS else 0

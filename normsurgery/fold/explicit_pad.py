@@ -1,0 +1,153 @@
+"""A scale and a shift into convolutions that pad with zeros: the padding is written out first.
+
+The convolutions would pad zeros behind the norm. With the norm gone, its place pads what the norm
+turned into zero, and the convolutions pad nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from normsurgery.fold.channel_pad import CONVOLUTIONS
+from normsurgery.fold.checks import Check
+from normsurgery.fold.ground import Affine, Ground, Landing, Refused, is_torch_layer
+from normsurgery.fold.landings import CONVOLUTION, layer, on_input
+from normsurgery.graph.flow import Node
+
+PADDING, TRANSPOSED = 4, 6  # places among the arguments of a convolution
+PAD = "aten::constant_pad_nd"  # what `padding="same"` runs for a kernel of even size
+
+
+@dataclass(frozen=True)
+class Padded:
+    """Convolutions that read one value and pad it with zeros, all by the same amounts.
+
+    landings: as if they did not pad. amounts: as F.pad takes them. paths: of the convolutions.
+    changed: the values that hold other numbers afterwards. elements: how many are padded.
+    """
+
+    landings: tuple[Landing, ...]
+    amounts: tuple[int, ...]
+    paths: tuple[str, ...]
+    changed: frozenset[int]
+    elements: int
+
+
+def padded_readers(ground: Ground, value: int, channels: Tensor, affine: Affine) -> Padded:
+    """Everything that reads the value. Raises Refused; NO_NEIGHBOUR where nothing pads it."""
+    readers = [_Reader.of(ground, value, node) for node in ground.flow.readers(value)]
+    convolutions = [reader for reader in readers if reader.convolution is not None]
+    if not any(any(reader.amounts) for reader in convolutions):
+        raise Refused(Check.NO_NEIGHBOUR, "no convolution that pads reads its output")
+    if value in ground.flow.returned:
+        raise Refused(Check.RETURNED, ground.name(value))
+    if value in ground.flow.kept:
+        raise Refused(Check.OUTPUT_USED, f"{ground.name(value)} is kept in an attribute")
+    changed = frozenset({value, *(v for reader in readers for v in reader.between)})
+    if not changed.isdisjoint(ground.located.recording.measured):
+        where = f"the size of {ground.name(value)} is read, which an explicit padding changes"
+        raise Refused(Check.ZERO_PADDING, where)
+    amounts = _common(ground, readers)
+    found = [_required(ground, value, reader) for reader in readers]
+    return Padded(
+        tuple(on_input(ground, _unpadded(ground, node), channels, affine) for node, _ in found),
+        amounts,
+        tuple(dict.fromkeys(path for _, path in found)),
+        changed,
+        _elements(ground.flow.shape(value), amounts),
+    )
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """A node that reads the value; `convolution` is it, or what follows its own padding.
+
+    between: the value that the padding gives, where it is a node of its own.
+    """
+
+    node: Node
+    convolution: Node | None
+    amounts: tuple[int, ...]
+    between: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, ground: Ground, value: int, node: Node) -> _Reader:
+        if node.name == CONVOLUTION:
+            return cls(node, node, _amounts(node, len(ground.flow.shape(value)) - 2))
+        if node.name != PAD:
+            return cls(node, None, ())
+        (padded,) = node.outputs
+        after = ground.flow.readers(padded)
+        own = len(after) == 1 and after[0].name == CONVOLUTION and after[0].module is node.module
+        if not own or node.argument(2, "value", 0):
+            return cls(node, None, ())
+        sizes = tuple(int(size) for size in node.args[1])
+        rest = _amounts(after[0], len(ground.flow.shape(value)) - 2)
+        sizes += (0,) * (len(rest) - len(sizes))
+        both = tuple(a + b for a, b in zip(sizes, rest, strict=True))
+        return cls(node, after[0], both, (padded,))
+
+
+def _amounts(node: Node, dimensions: int) -> tuple[int, ...]:
+    """What a convolution pads, as F.pad takes it."""
+    given = [int(size) for size in node.args[PADDING]]
+    given *= dimensions // len(given)
+    return tuple(size for size in reversed(given) for _ in range(2))
+
+
+def _common(ground: Ground, readers: Sequence[_Reader]) -> tuple[int, ...]:
+    """What all readers pad. Raises Refused."""
+    for reader in readers:
+        if reader.convolution is None:
+            name = reader.node.name.removeprefix("aten::")
+            raise Refused(
+                Check.ZERO_PADDING,
+                f"{name} in {ground.path(reader.node)} reads its output too, and would see an "
+                "explicit padding",
+            )
+    first = next(reader for reader in readers if any(reader.amounts))
+    for reader in readers:
+        if reader.amounts != first.amounts:
+            raise Refused(
+                Check.ZERO_PADDING,
+                f"{ground.path(first.node)} and {ground.path(reader.node)} pad its output by "
+                "different amounts",
+            )
+    return first.amounts
+
+
+def _required(ground: Ground, value: int, reader: _Reader) -> tuple[Node, str]:
+    """The convolution and the path of its module, which can do without padding. Raises Refused."""
+    node = reader.convolution
+    assert node is not None
+    where = ground.path(node)
+    found = layer(ground, node)
+    if found.input not in (value, *reader.between):
+        raise Refused(Check.UNKNOWN, f"{where} multiplies with it")
+    if node.args[TRANSPOSED]:
+        raise Refused(Check.ZERO_PADDING, f"{where} is transposed: its padding takes away")
+    module = ground.child_of(node, found.weight)
+    plain = isinstance(module, CONVOLUTIONS) and is_torch_layer(module)
+    if not plain or getattr(module, "padding_mode", "") != "zeros":
+        raise Refused(
+            Check.ZERO_PADDING, f"{where} is no module of torch's, whose padding is known"
+        )
+    assert module is not None
+    return node, ground.located.recording.path(module)
+
+
+def _unpadded(ground: Ground, node: Node) -> Node:
+    """The convolution as it is with nothing left to pad."""
+    none = [0] * len(node.args[PADDING])
+    return replace(node, args=(*node.args[:PADDING], none, *node.args[PADDING + 1 :]))
+
+
+def _elements(shape: Sequence[int], amounts: Sequence[int]) -> int:
+    before = after = 1
+    for place, size in enumerate(reversed(shape)):
+        around = sum(amounts[2 * place : 2 * place + 2])
+        before, after = before * size, after * (size + around)
+    return after - before

@@ -1,0 +1,165 @@
+"""From the output of a norm on to what reads it: the weights that can take up its affine.
+
+`consumers(value, affine)` answers with the Landings after which the model computes the same though
+the value is x instead of scale * x + shift. Every reader must be a layer, or hand the value on to
+layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from normsurgery.fold.channels import NEUTRAL, forwards, moves, squeezed, varies
+from normsurgery.fold.checks import Check
+from normsurgery.fold.ground import Affine, Ground, Landing, Refused
+from normsurgery.fold.landings import is_layer, layer, on_input
+from normsurgery.fold.linearity import (
+    AVERAGES,
+    GATHERS,
+    PADDINGS,
+    averaged_forwards,
+    averages_evenly,
+    gathered_axes,
+    number_of,
+    padded_axes,
+    pads_with_values,
+    why_not,
+)
+from normsurgery.graph.flow import Node
+
+
+class Forward:
+    """One walk; `changed` are the values that hold other numbers afterwards."""
+
+    def __init__(self, ground: Ground) -> None:
+        self.ground = ground
+        self.flow = ground.flow
+        self.changed: set[int] = set()
+        self.products: set[int] = set()
+
+    def consumers(self, value: int, channels: Tensor, affine: Affine) -> list[Landing]:
+        """Raises Refused where anything else reads the value."""
+        if bool((channels == NEUTRAL).all()):
+            return []
+        self.changed.add(value)
+        if value in self.flow.returned:
+            raise Refused(Check.RETURNED, self.ground.name(value))
+        if value in self.flow.kept:
+            raise Refused(Check.OUTPUT_USED, f"{self.ground.name(value)} is kept in an attribute")
+        landings: list[Landing] = []
+        passed: set[int] = set()
+        for run in self.ground.gone_from(value):
+            passed |= {node.index for node in run.nodes}
+            landings += self.consumers(run.end, channels, affine)
+        for node in self.flow.readers(value):
+            if node.index not in passed:
+                landings += self._read(node, value, channels, affine)
+        return landings
+
+    def _read(self, node: Node, value: int, channels: Tensor, affine: Affine) -> list[Landing]:
+        if is_layer(self.ground, node):
+            if layer(self.ground, node).input != value:
+                raise Refused(Check.UNKNOWN, f"{self.ground.path(node)} multiplies with it")
+            return [on_input(self.ground, node, channels, affine)]
+        if moves(self.flow, node) and node.inputs[0] == value:
+            return self._moved(node, channels, affine)
+        step = _STEPS.get(node.name)
+        if step is None:
+            name = node.name.removeprefix("aten::")
+            raise Refused(why_not(node), f"{name} in {self.ground.path(node)}")
+        return step(self, node, value, channels, affine)
+
+    def _moved(self, node: Node, channels: Tensor, affine: Affine) -> list[Landing]:
+        landings: list[Landing] = []
+        for output in node.outputs:
+            found = forwards(self.flow, node, channels, output)
+            if found is None:
+                raise Refused(
+                    Check.AXIS, f"{self.ground.path(node)} mixes the channels with others"
+                )
+            landings += self.consumers(output, found, affine)
+        return landings
+
+    def _cat(self, node: Node, value: int, channels: Tensor, affine: Affine) -> list[Landing]:
+        """The other parts stay neutral."""
+        (output,) = node.outputs
+        shape = self.flow.shape(output)
+        axis = int(node.argument(1, "dim", 0)) % len(shape)
+        sizes = list(channels.shape)
+        sizes[axis] = shape[axis]
+        found = channels.new_full(sizes, NEUTRAL)
+        start = 0
+        for part in node.inputs:
+            size = self.flow.shape(part)[axis]
+            if part == value and size:
+                spread = list(channels.shape)
+                spread[axis] = size
+                found.narrow(axis, start, size).copy_(channels.expand(spread))
+            start += size
+        return self.consumers(output, squeezed(found), affine)
+
+    def _average(self, node: Node, value: int, channels: Tensor, affine: Affine) -> list[Landing]:
+        (output,) = node.outputs
+        found = averaged_forwards(node, channels, self.flow.shape(output))
+        if found is None:
+            raise Refused(Check.AXIS, f"{self.ground.path(node)} averages over the channels")
+        if affine.shift is not None and not averages_evenly(node):
+            raise Refused(
+                Check.ZERO_PADDING, f"{self.ground.path(node)} averages zeros in at the border"
+            )
+        return self.consumers(output, found, affine)
+
+    def _padded(self, node: Node, value: int, channels: Tensor, affine: Affine) -> list[Landing]:
+        axes = padded_axes(node, channels.dim())
+        empty = not axes and self.ground.choices.assume_inputs
+        if affine.shift is not None and not (pads_with_values(node) or empty):
+            raise Refused(Check.ZERO_PADDING, f"{self.ground.path(node)} pads with a constant")
+        if any(varies(channels, axis) for axis in axes):
+            raise Refused(Check.AXIS, f"{self.ground.path(node)} pads the channels")
+        return self.consumers(node.outputs[0], channels, affine)
+
+    def _gathered(self, node: Node, value: int, channels: Tensor, affine: Affine) -> list[Landing]:
+        axes = gathered_axes(self.flow, node) if node.inputs[0] == value else None
+        if axes is None or any(varies(channels, axis) for axis in axes):
+            raise Refused(Check.AXIS, f"{self.ground.path(node)} gathers channels")
+        return self.consumers(node.outputs[0], channels, affine)
+
+    def _times(self, node: Node, value: int, channels: Tensor, affine: Affine) -> list[Landing]:
+        if len(node.inputs) == 2:
+            return self._product(node, value, channels, affine)
+        number = number_of(node)
+        if not number:
+            raise Refused(Check.NON_LINEAR, f"a product in {self.ground.path(node)}")
+        return self.consumers(node.outputs[0], channels, affine.over(1.0 / number))
+
+    def _product(self, node: Node, value: int, channels: Tensor, affine: Affine) -> list[Landing]:
+        """(scale * x) * g is scale * (x * g), whatever g is, as long as it stays what it is."""
+        divided = node.name == "aten::div" and node.inputs[0] != value
+        if affine.shift is not None or divided or node.index in self.products:
+            raise Refused(Check.NON_LINEAR, f"a product in {self.ground.path(node)}")
+        self.products.add(node.index)
+        (output,) = node.outputs
+        shape = self.flow.shape(output)
+        own = channels.reshape([1] * (len(shape) - channels.dim()) + list(channels.shape))
+        if any(size not in (1, full) for size, full in zip(own.shape, shape, strict=True)):
+            raise Refused(Check.AXIS, f"{self.ground.path(node)} repeats one channel over all")
+        return self.consumers(output, own, affine)
+
+    def _added(self, node: Node, value: int, channels: Tensor, affine: Affine) -> list[Landing]:
+        raise Refused(Check.ADDED, f"in {self.ground.path(node)}")
+
+
+Step = Callable[[Forward, Node, int, Tensor, Affine], list[Landing]]
+_STEPS: dict[str, Step] = {
+    "aten::add": Forward._added,
+    "aten::sub": Forward._added,
+    "aten::cat": Forward._cat,
+    "aten::mul": Forward._times,
+    "aten::div": Forward._times,
+    "aten::neg": Forward._times,
+    **dict.fromkeys(AVERAGES, Forward._average),
+    **dict.fromkeys(PADDINGS, Forward._padded),
+    **dict.fromkeys(GATHERS, Forward._gathered),
+}

@@ -1,0 +1,201 @@
+"""What the rules of a fold stand on: the data flow, the norms in it, and what was folded before."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import nn
+
+from normsurgery.find import Located
+from normsurgery.fold.checks import Check, NoMatch
+from normsurgery.fold.edits import Edit, Vector
+from normsurgery.graph.flow import Flow, Node, Operand, is_plain
+from normsurgery.survey import Site
+
+
+class Refused(Exception):
+    """A rule does not apply; `match` says which check failed."""
+
+    def __init__(self, check: Check, where: str = "", hint: str = "") -> None:
+        self.match = NoMatch(check, where, hint)
+        super().__init__(self.match.reason)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the caller allows.
+
+    rmsnorm: centre what writes to a residual stream, so that its LayerNorms become RMSNorms.
+    keep_classes: every module keeps its class and its tensors, so no bias is created and a folded
+        norm stays with neutral weights (a checkpoint that stock code loads).
+    """
+
+    untie: bool = False
+    explicit_pad: bool = False
+    assume_inputs: bool = False
+    keep_classes: bool = False
+    rmsnorm: bool = False
+
+
+@dataclass(frozen=True)
+class Affine:
+    """y = scale * x + shift per channel, as Vectors; None is neutral."""
+
+    scale: Vector | None
+    shift: Vector | None
+
+    def at(self, index: Sequence[int], features: int) -> Affine:
+        """For channels in another order, with some of them left out or neutral."""
+        if tuple(index) == tuple(range(features)):
+            return self
+        return Affine(
+            None if self.scale is None else replace(self.scale, index=tuple(index)),
+            None if self.shift is None else replace(self.shift, index=tuple(index)),
+        )
+
+    def without_shift(self) -> Affine:
+        return Affine(self.scale, None)
+
+    def over(self, number: float) -> Affine:
+        """In front of a multiplication with a number: the shift is divided by it."""
+        if self.shift is None:
+            return self
+        return Affine(self.scale, replace(self.shift, factor=self.shift.factor / number))
+
+
+@dataclass(frozen=True)
+class Landing:
+    """Nodes whose weights take up an affine, and the edits on them.
+
+    nodes: one layer, or those of one run of a norm.
+    tensors: the named tensors that change; every use of them must land with the same edits.
+    """
+
+    nodes: tuple[Node, ...]
+    tensors: tuple[Operand, ...]
+    edits: tuple[Edit, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a norm: the values it begins and ends with, and the nodes in between."""
+
+    site: Site
+    start: int
+    end: int
+    nodes: tuple[Node, ...]
+
+
+@dataclass
+class Ground:
+    """A recorded run as the rules see it; `gone` are norms that were folded away already.
+
+    gone: the value a norm ended with -> the value it began with.
+    created: biases that accepted folds create; untied: tensors that they make a copy of, with the
+        nodes that read the copy.
+    """
+
+    located: Located
+    choices: Choices
+    flow: Flow = field(init=False)
+    runs: dict[int, tuple[Run, ...]] = field(init=False)
+    ends: dict[int, Run] = field(init=False)
+    gone: dict[int, int] = field(default_factory=dict)
+    created: set[str] = field(default_factory=set)
+    untied: dict[str, frozenset[int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.flow = Flow(self.located.recording)
+        self.runs = {
+            site.index: tuple(
+                Run(site, start, end, self.flow.between(start, end))
+                for start, end in self.located.ends.get(site.index, ())
+            )
+            for site in self.located.survey
+        }
+        self.ends = {run.end: run for runs in self.runs.values() for run in runs}
+
+    @property
+    def model(self) -> nn.Module:
+        return self.located.recording.model
+
+    def extend(self, created: Collection[str]) -> dict[int, Site]:
+        """Norms that were given a weight or a bias that they had not; returns them by index."""
+        changed: dict[int, Site] = {}
+        for site in self.located.survey:
+            prefix = f"{site.path}." if site.path else ""
+            own = {role: prefix + role for role in ("weight", "bias") if prefix + role in created}
+            if site.form == "module" and own:
+                changed[site.index] = replace(site, parameters={**site.parameters, **own})
+        if not changed:
+            return {}
+        survey = self.located.survey
+        sites = tuple(changed.get(site.index, site) for site in survey)
+        self.located = replace(self.located, survey=replace(survey, sites=sites))
+        for index, site in changed.items():
+            self.runs[index] = tuple(replace(run, site=site) for run in self.runs[index])
+            self.ends.update({run.end: run for run in self.runs[index]})
+        return changed
+
+    def site(self, index: int) -> Site:
+        return next(site for site in self.located.survey if site.index == index)
+
+    def gone_from(self, value: int) -> tuple[Run, ...]:
+        """The runs of norms that began with this value, and are gone."""
+        return tuple(self.ends[end] for end, start in self.gone.items() if start == value)
+
+    def path(self, node: Node) -> str:
+        """Where a node stands, for people."""
+        module = node.module
+        path = "" if module is None else self.located.recording.path(module)
+        return path or node.name.removeprefix("aten::")
+
+    def require_only(self, value: int, readers: Iterable[Node], what: str = "") -> None:
+        """Raises Refused unless nothing but `readers` reads the value."""
+        allowed = {node.index for node in readers}
+        flow = self.flow
+        if value in flow.returned:
+            raise Refused(Check.OUTPUT_USED, f"{what or self.name(value)} is returned by the model")
+        if value in flow.kept:
+            raise Refused(
+                Check.OUTPUT_USED, f"{what or self.name(value)} is kept in an attribute of a module"
+            )
+        for reader in flow.readers(value):
+            if reader.index not in allowed:
+                raise Refused(
+                    Check.OUTPUT_USED,
+                    f"{what or self.name(value)} is read by {self.path(reader)} as well",
+                )
+
+    def name(self, value: int) -> str:
+        maker = self.flow.maker(value)
+        if maker is None:
+            return self.located.recording.values[value].name or "an input"
+        return f"the output of {self.path(maker)}"
+
+    def weight(self, value: int, node: Node) -> Operand:
+        """The named tensor that a node reads as its weight. Raises Refused."""
+        operand = self.flow.operand(value)
+        if operand is None:
+            raise Refused(
+                Check.COMPUTED_WEIGHT, f"the weight of {self.path(node)} is no single parameter"
+            )
+        if not is_plain(operand.tensor):
+            raise Refused(
+                Check.FOREIGN_WEIGHT,
+                f"{operand.name} is a {type(operand.tensor).__name__} of {operand.tensor.dtype}",
+                "Fold before quantizing, sharding or offloading.",
+            )
+        return operand
+
+    def child_of(self, node: Node, operand: Operand) -> nn.Module | None:
+        """The module that runs the node with this tensor as its own `weight`."""
+        module = node.module
+        own = None if module is None else module._parameters.get("weight")
+        return module if own is operand.tensor else None
+
+
+def is_torch_layer(module: nn.Module) -> bool:
+    """Its forward is torch's own, and so knows what to do with a bias."""
+    return type(module).forward.__module__.startswith("torch.nn.modules.")

@@ -1,0 +1,332 @@
+"""Parallel linear branches: a sum of convolutions (or linears) of one input becomes one of them.
+
+RepVGG, MobileOne, ACNet and the like, after the batch norm behind each convolution was folded into
+it. A batch norm of the input itself, which is no convolution, is one with the kernel of an
+identity. A plain residual (x + conv(x)) is no norm and stays.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from torch import fx, nn
+
+from normsurgery.find.candidates import NotProven
+from normsurgery.find.events import Event
+from normsurgery.find.places import LAYERS
+from normsurgery.find.position import call_site, names_at
+from normsurgery.fold.checks import Check
+from normsurgery.fold.ground import Ground, Refused, Run
+from normsurgery.fold.kernels import Geometry, Sizes, room_for
+from normsurgery.fold.landings import CONVOLUTION, PRODUCTS, Layer, layer
+from normsurgery.fold.rules import is_affine
+from normsurgery.graph import Op
+from normsurgery.graph.flow import Node
+from normsurgery.graph.positions import forward_of
+from normsurgery.survey import CallSite, Origin, Site, Skip
+
+KIND = "sum of branches"
+VIEWS = frozenset({"aten::view", "aten::_unsafe_view", "aten::reshape"})
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One summand: a layer of torch's at `path`, or a norm of the input itself.
+
+    source: the value that it reads. nodes: everything it runs. normed: a norm is or was part of it.
+    """
+
+    source: int
+    nodes: tuple[Node, ...]
+    path: str
+    normed: bool
+    layer: Layer | None = None
+    run: Run | None = None
+
+
+@dataclass(frozen=True)
+class BranchSum:
+    """A sum of branches that are one layer together.
+
+    owner: the path of the module whose forward adds them up; `call`: where. at: for each branch,
+    the place of its kernel in the merged one.
+    """
+
+    owner: str
+    paths: tuple[str, ...]
+    call: CallSite
+    branches: tuple[Branch, ...]
+    geometry: Geometry
+    at: tuple[Sizes, ...]
+
+    @property
+    def label(self) -> str:
+        """As the label of the Site that its Step has."""
+        line = self.call.output.line if self.call.output is not None else "?"
+        return f"{self.owner}#line{line}"
+
+    @property
+    def convolutions(self) -> tuple[str, ...]:
+        return tuple(branch.path for branch in self.branches if branch.layer is not None)
+
+    @property
+    def identities(self) -> tuple[Site, ...]:
+        return tuple(branch.run.site for branch in self.branches if branch.run is not None)
+
+
+def branch_sums(ground: Ground) -> tuple[list[BranchSum], list[Skip]]:
+    """Every sum of two or more branches in the run, and a Skip for each that must stay apart.
+
+    `ground.gone` holds the norms that were folded into their convolution. A norm of the input
+    counts as a branch where it is a scale and a shift per channel and was not folded elsewhere. A
+    sum in which there was no norm is left alone: it is the author's.
+    """
+    found: list[BranchSum] = []
+    skips: list[Skip] = []
+    for output, branches in _sums(ground):
+        try:
+            found.append(_branch_sum(ground, output, branches))
+        except Refused as refusal:
+            node = ground.flow.maker(output)
+            owner = "" if node is None or node.module is None else _path(ground, node.module)
+            skips.append(Skip(owner, refusal.match.reason, refusal.match.hint, KIND))
+    return found, skips
+
+
+# --- the sums -----------------------------------------------------------------------------------
+
+
+def _sums(ground: Ground) -> Iterator[tuple[int, list[Branch]]]:
+    """The output and the branches of each sum that is not part of a larger one."""
+    done: set[int] = set()
+    for node in reversed(ground.flow.nodes):
+        if node.name == "aten::add" and node.index not in done:
+            yield from _Tree(ground, done).found_from(node)
+
+
+class _Tree:
+    """One tree of additions, read from its root."""
+
+    def __init__(self, ground: Ground, done: set[int]) -> None:
+        self.ground, self.done = ground, done
+        self.found: list[tuple[int, list[Branch]]] = []
+
+    def found_from(self, root: Node) -> list[tuple[int, list[Branch]]]:
+        self._keep(root.outputs[0], self._addition(root))
+        return self.found
+
+    def _keep(self, output: int, branches: list[Branch] | None) -> None:
+        if branches is None or len(branches) < 2:
+            return
+        if any(branch.layer for branch in branches) and any(branch.normed for branch in branches):
+            self.found.append((output, branches))
+
+    def _addition(self, node: Node) -> list[Branch] | None:
+        """The branches it adds up; None where one summand is none, and the others are kept."""
+        self.done.add(node.index)
+        plain = node.kwargs.get("alpha", 1) == 1
+        if len(node.inputs) == 1 and plain and node.args[1] == 0:  # sum() begins with 0
+            return self._branches(node.inputs[0], (node,))
+        shapes = {self.ground.flow.shape(value) for value in (*node.inputs, *node.outputs)}
+        if len(node.inputs) != 2 or not plain or len(shapes) != 1:
+            return None
+        parts = [(value, self._branches(value, (node,))) for value in node.inputs]
+        known = [branches for _, branches in parts if branches is not None]
+        together = [branch for branches in known for branch in branches]
+        if len(known) == 2 and len({branch.source for branch in together}) == 1:
+            return together
+        for value, branches in parts:
+            self._keep(value, branches)
+        return None
+
+    def _branches(self, value: int, readers: Sequence[Node]) -> list[Branch] | None:
+        try:
+            return self._summand(value, readers)
+        except Refused:
+            return None
+
+    def _summand(self, value: int, readers: Sequence[Node]) -> list[Branch] | None:
+        ground, flow = self.ground, self.ground.flow
+        ground.require_only(value, readers)
+        nodes: tuple[Node, ...] = ()
+        normed = value in ground.gone
+        run = ground.ends.get(value)
+        if run is not None and not normed:
+            return [_identity(ground, run)] if _is_affine_run(run) else None
+        while value in ground.gone:
+            gone = ground.ends[value]
+            value, readers, nodes = gone.start, gone.nodes, (*gone.nodes, *nodes)
+            ground.require_only(value, readers)
+        node = flow.maker(value)
+        if node is None:
+            return None
+        if node.name == "aten::add" and not nodes:
+            return self._addition(node)
+        while node is not None and node.name in VIEWS:
+            ground.require_only(node.inputs[0], (node,))
+            nodes = (node, *nodes)
+            node = flow.maker(node.inputs[0])
+        if node is None or (node.name != CONVOLUTION and node.name not in PRODUCTS):
+            return None
+        return [_layer_branch(ground, node, nodes, normed)]
+
+
+def _is_affine_run(run: Run) -> bool:
+    return run.site.form == "module" and is_affine(run.site)
+
+
+def _identity(ground: Ground, run: Run) -> Branch:
+    return Branch(run.start, run.nodes, run.site.path, normed=True, run=run)
+
+
+def _layer_branch(ground: Ground, node: Node, after: Sequence[Node], normed: bool) -> Branch:
+    """Raises Refused where it is no layer of torch's with weights of its own, run once."""
+    found = layer(ground, node)
+    module = ground.child_of(node, found.weight)
+    where = ground.path(node)
+    if module is None or type(module) not in LAYERS or found.transposed:
+        raise Refused(Check.UNKNOWN, f"{where} is no plain layer of torch's")
+    if (found.into, found.out) != (1, 0):
+        raise Refused(Check.AXIS, f"{where} has its weight the other way round")
+    source, before = _source(ground, found, node)
+    return Branch(source, (*before, node, *after), _path(ground, module), normed, layer=found)
+
+
+def _source(ground: Ground, found: Layer, node: Node) -> tuple[int, list[Node]]:
+    """What the layer reads, seen through the views that a linear layer makes of it."""
+    value, reader, before = found.input, node, list[Node]()
+    while node.name != CONVOLUTION and (maker := ground.flow.maker(value)) is not None:
+        if maker.name not in VIEWS or len(ground.flow.readers(value)) != 1:
+            break
+        value, reader = maker.inputs[0], maker
+        before.insert(0, reader)
+    return value, before
+
+
+# --- one sum ------------------------------------------------------------------------------------
+
+
+def _branch_sum(ground: Ground, output: int, branches: Sequence[Branch]) -> BranchSum:
+    """Raises Refused where its branches are no one layer together, or not in one forward."""
+    # The largest kernel first: a tensor that is made is made like its tensors.
+    layers = [branch for branch in branches if branch.layer is not None]
+    ordered = [*layers, *(branch for branch in branches if branch.layer is None)]
+    geometry, at = _merged(ground, ordered)
+    node = ground.flow.maker(output)
+    owner = None if node is None else node.module
+    if node is None or owner is None or isinstance(owner, fx.GraphModule):
+        raise Refused(Check.NOT_REWRITABLE, "the sum is made outside any forward of a module")
+    for branch in ordered:
+        _require_own(ground, branch, owner)
+    return BranchSum(
+        owner=_path(ground, owner),
+        paths=ground.located.recording.paths[id(owner)],
+        call=_call(ground, owner, node, output, ordered),
+        branches=tuple(ordered),
+        geometry=geometry,
+        at=at,
+    )
+
+
+def _require_own(ground: Ground, branch: Branch, owner: nn.Module) -> None:
+    """Nothing else uses the branch's weights, and no hook sees what it computes."""
+    if branch.layer is not None:
+        for operand in (branch.layer.weight, branch.layer.bias):
+            if operand is None:
+                continue
+            if len(ground.flow.uses(operand)) > 1 or ground.flow.is_exposed(operand):
+                raise Refused(Check.CALLED_AGAIN, f"{branch.path} runs more than once")
+            if len(ground.flow.names(operand.tensor)) > 1:
+                raise Refused(Check.TIED, f"{operand.name} has another name too")
+    elif branch.run is not None and len(ground.runs[branch.run.site.index]) > 1:
+        raise Refused(Check.CALLED_AGAIN, f"{branch.path} runs more than once")
+    for node in branch.nodes:
+        for module in itertools.takewhile(
+            lambda m: m is not owner, (f.module for f in node.frames)
+        ):
+            if module._forward_hooks or module._forward_pre_hooks:
+                raise Refused(Check.HOOK, f"{_path(ground, module)} has one")
+
+
+def _call(
+    ground: Ground, owner: nn.Module, node: Node, output: int, branches: Sequence[Branch]
+) -> CallSite:
+    recording, source = ground.located.recording, branches[0].source
+    assert node.op is not None
+    nodes = ground.flow.between(source, output)
+    ops = tuple(part.op for part in nodes if part.op is not None)
+    event = Event(source, output, (), node.op.frames, constant=False)
+    try:
+        call = call_site(recording, owner, owner, event, output, ops, source)
+    except NotProven as error:
+        raise Refused(Check.NOT_REWRITABLE, str(error)) from error
+    if call.input.name is not None:
+        return call
+    # Local names are known where the owner itself runs an operation: at the additions.
+    frames = (op.frames[0] for op in ops if op.frames and op.frames[0].module is owner)
+    bound = {name for frame in frames for name, value in frame.names.items() if value == source}
+    # Two names of one value may be two values in another call: what is given to a branch is meant.
+    written = [name for name in _given_names(owner, ops) if name in bound]
+    if len(bound) > 1 and not written:
+        raise Refused(Check.NOT_REWRITABLE, "what its branches read has two names")
+    name = next(iter((*written, *bound)), None)
+    return call if name is None else replace(call, input=Origin(name))
+
+
+def _given_names(owner: nn.Module, ops: Sequence[Op]) -> Iterator[str]:
+    """The names in the expressions of the owner's forward that run the operations."""
+    for frame in (frame for op in ops for frame in op.frames if frame.module is owner):
+        function = None if frame.code is None else forward_of(type(owner), frame.code)
+        if function is not None:
+            yield from names_at(function, frame.span)
+
+
+def _path(ground: Ground, module: nn.Module) -> str:
+    return ground.located.recording.path(module)
+
+
+# --- one geometry ---------------------------------------------------------------------------------
+
+
+def _merged(ground: Ground, branches: Sequence[Branch]) -> tuple[Geometry, tuple[Sizes, ...]]:
+    """The geometry that has room for all kernels, and where each of them lies in it."""
+    weights = [b.layer.weight.tensor for b in branches if b.layer is not None]
+    if len({(w.dtype, tuple(w.shape[:2]), w.dim(), w.device) for w in weights}) > 1:
+        raise Refused(Check.AXIS, "its branches have different channels, groups or dtypes")
+    given = [_geometry(branch, branches[0]) for branch in branches]
+    if len({(found.groups, found.stride) for found in given}) > 1:
+        raise Refused(Check.AXIS, "its branches have different strides or groups")
+    for branch in branches:
+        _require_same_channels(ground, branch, branches[0], given[0].groups)
+    return room_for(given)
+
+
+def _geometry(branch: Branch, first: Branch) -> Geometry:
+    """Of the branch's layer; of a norm, that of an identity beside the layer of `first`."""
+    found = branch.layer or first.layer
+    assert found is not None
+    if found.node.name != CONVOLUTION:
+        return Geometry((), (), (), (), 1)
+    kernel = tuple(found.weight.tensor.shape[2:])
+    if branch.layer is None:
+        one, none = (1,) * len(kernel), (0,) * len(kernel)
+        return Geometry(one, one, none, one, found.groups)
+    stride, padding, dilation = (
+        tuple(int(n) for n in found.node.args[place]) * (len(kernel) // len(found.node.args[place]))
+        for place in (3, 4, 5)
+    )
+    return Geometry(kernel, stride, padding, dilation, found.groups)
+
+
+def _require_same_channels(ground: Ground, branch: Branch, first: Branch, groups: int) -> None:
+    """A norm's channels are those that the layer reads, and those that it makes."""
+    if branch.run is None or first.layer is None:
+        return
+    weight, settings = first.layer.weight.tensor, branch.run.site.settings
+    rank = len(ground.flow.shape(branch.source))
+    same_axis = (int(settings["channel_axis"]) - first.layer.channel_axis) % rank == 0
+    sizes = {int(settings["features"]), weight.shape[0], weight.shape[1] * groups}
+    if not same_axis or len(sizes) > 1:
+        raise Refused(Check.AXIS, f"{branch.path} has other channels than the sum")

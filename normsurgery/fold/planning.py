@@ -1,0 +1,125 @@
+"""What a fold will do, decided from recorded runs alone: no weight is needed, none is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from normsurgery.errors import CannotTrace
+from normsurgery.find import Located, locate
+from normsurgery.fold.checks import NoMatch
+from normsurgery.fold.confirming import confirmed
+from normsurgery.fold.deciding import Decider, Decision
+from normsurgery.fold.ground import Choices
+from normsurgery.fold.other_batch import with_other_batch
+from normsurgery.fold.parametrizations import apply_baked, baked_steps
+from normsurgery.fold.unlisted import is_unlisted, with_unlisted
+from normsurgery.fold.untying import with_own_copies
+from normsurgery.inputs import Inputs
+from normsurgery.plan import Plan, Step, versions, with_children
+from normsurgery.selection import is_meant, select
+from normsurgery.spec import Fidelity
+from normsurgery.survey import Skip, Survey
+from normsurgery.treecopy import tree_copy
+
+DEFAULT = Choices()
+
+
+def plan_fold(
+    model: nn.Module,
+    inputs: Inputs,
+    *,
+    kind: str | None = None,
+    only: Sequence[str | int] = (),
+    exclude: Sequence[str | int] = (),
+    choices: Choices = DEFAULT,
+    refused: Mapping[str, NoMatch] | None = None,
+) -> Plan:
+    """Every norm of the model as a Step with its Edits, or as a Skip with the check that failed.
+
+    model: in eval mode; on the meta device it needs no memory. It is run on `inputs` and, where
+        they have a batch, on another batch size too: a fold must hold for both.
+    kind, only, exclude: which norms may be folded.
+    refused: labels of sites that turned out to be impossible, with the reason.
+
+    Raises CannotTrace where the model does not run, UsageError for a selection that is empty.
+    """
+
+    def decide(tree: nn.Module) -> Plan:
+        return _plan_as_it_is(tree, inputs, kind, only, exclude, choices, refused or {})
+
+    return with_own_copies(decide(model), model, inputs, choices, decide)
+
+
+def _plan_as_it_is(
+    model: nn.Module,
+    inputs: Inputs,
+    kind: str | None,
+    only: Sequence[str | int],
+    exclude: Sequence[str | int],
+    choices: Choices,
+    refused: Mapping[str, NoMatch],
+) -> Plan:
+    """Without a module that becomes two."""
+    baked, left, ready = _baked(model, kind, only, exclude, choices)
+    located = _located(ready, inputs, choices)
+    sites = (*located.survey.sites, *(step.site for step in baked))
+    chosen = {site.index for site in select(sites, kind, only, exclude)}
+    decided = Decider(ready, choices, refused).decide(located, chosen)
+    other = with_other_batch(inputs)
+    if other is not None and any(isinstance(made, Step) for made in decided):
+        decided = _confirmed(decided, ready, located, other, choices)
+    known = {skip.path for skip in left}
+    known |= {site.label for site in located.survey if is_unlisted(site)}
+    done = {made.site.label for made in decided if isinstance(made, Step)}
+    skips = (made for made in decided if isinstance(made, Skip) and made.path not in known)
+    return Plan(
+        type(model).__name__,
+        with_children(ready, [*baked, *(made for made in decided if isinstance(made, Step))]),
+        (*left, *skips, *(skip for skip in located.survey.skips if skip.path not in done)),
+        versions=versions(),
+    )
+
+
+def _located(
+    model: nn.Module, inputs: Inputs, choices: Choices, *, training: bool = True
+) -> Located:
+    """The norms, and where classes need not stay the modules that are as good as one."""
+    found = locate(model, inputs, training=training)
+    return found if choices.keep_classes else with_unlisted(found)
+
+
+def _baked(
+    model: nn.Module,
+    kind: str | None,
+    only: Sequence[str | int],
+    exclude: Sequence[str | int],
+    choices: Choices,
+) -> tuple[list[Step], list[Skip], nn.Module]:
+    """The weights that are baked in first, those that cannot be, and the model after that."""
+    if choices.keep_classes:
+        return [], [], model
+    steps, skips = baked_steps(model, Survey(type(model).__name__, (), ()))
+    # A norm may be folded into the baked weight as well: only the whole model is the same then.
+    steps = [
+        replace(step, fidelity=Fidelity.EVAL)
+        for step in steps
+        if is_meant(step.site, kind, only, exclude)
+    ]
+    ready = tree_copy(model) if steps else model
+    for step in steps:
+        ready = apply_baked(ready, step)
+    return steps, skips, ready
+
+
+def _confirmed(
+    decided: list[Decision], model: nn.Module, located: Located, other: Inputs, choices: Choices
+) -> list[Decision]:
+    """The decisions that hold for the other inputs too."""
+    try:
+        again = _located(model, other, choices, training=False)
+    except CannotTrace:  # it runs on this batch only
+        return decided
+    return confirmed(decided, located, again, choices)

@@ -1,0 +1,183 @@
+"""The rules: for one norm, where its scale and shift can go. The first that matches decides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normsurgery.fold.agreement import Agreed, agree
+from normsurgery.fold.backward import Backward
+from normsurgery.fold.channel_pad import ChannelPad
+from normsurgery.fold.channels import along_axis
+from normsurgery.fold.checks import Check
+from normsurgery.fold.edits import Vector
+from normsurgery.fold.explicit_pad import padded_readers
+from normsurgery.fold.forward import Forward
+from normsurgery.fold.ground import Affine, Ground, Landing, Refused, Run
+from normsurgery.fold.unlisted import affine_of_unlisted, is_unlisted
+from normsurgery.spec import get
+from normsurgery.surgery.obstacles import lost_fact
+from normsurgery.survey import Site
+
+AFFINE_ROLES = ("weight", "bias")
+STATISTICS = ("running_mean", "running_var")
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A fold of one norm that the data flow allows.
+
+    to, options: what is left of the norm. gone: nothing is left, its output is its input.
+    changed: values that hold other numbers afterwards.
+    """
+
+    rule: str
+    agreed: Agreed
+    landings: tuple[Landing, ...]
+    changed: frozenset[int]
+    to: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    gone: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def is_affine(site: Site) -> bool:
+    """In eval the norm is a scale and a shift per channel, and nothing else."""
+    if site.attach != "norm" or get(site.kind).as_affine is None:
+        return False
+    return site.kind == "affine" or set(STATISTICS) <= set(site.parameters)
+
+
+def has_tail(site: Site) -> bool:
+    """The norm's weight and bias come last, after everything it computes."""
+    own = set(AFFINE_ROLES) & set(site.parameters)
+    return site.attach == "norm" and bool(own) and get(site.kind).tail
+
+
+def into_producer(ground: Ground, site: Site) -> Proposal:
+    """Backwards, into whatever makes its input. Raises Refused."""
+    walk = Backward(ground)
+    landings: list[Landing] = []
+    for run in ground.runs[site.index]:
+        _require_inner(ground, run)
+        landings += walk.through_run(run, _channels(ground, site, run.start), affine_of(site))
+    return Proposal(
+        "into producer",
+        agree(ground, landings),
+        tuple(landings),
+        frozenset(walk.changed),
+        "identity",
+        gone=True,
+    )
+
+
+def into_consumers(ground: Ground, site: Site) -> Proposal:
+    """Forwards, into everything that reads its output. Raises Refused."""
+    walk = Forward(ground)
+    landings: list[Landing] = []
+    for run in ground.runs[site.index]:
+        _require_inner(ground, run)
+        channels = _channels(ground, site, run.end)
+        landings += walk.consumers(run.end, channels, affine_of(site))
+    if not landings:
+        raise Refused(Check.NO_NEIGHBOUR, "nothing reads its output")
+    whole = is_affine(site)
+    return Proposal(
+        "into consumers",
+        agree(ground, landings),
+        tuple(landings),
+        frozenset(walk.changed),
+        "identity" if whole else site.kind,
+        {} if whole else {"affine": False},
+        gone=whole,
+    )
+
+
+def into_padding_consumers(ground: Ground, site: Site) -> Proposal:
+    """Into convolutions that pad with zeros: what is left pads in their place. Raises Refused."""
+    affine = affine_of(site)
+    asked = ground.choices.explicit_pad and not ground.choices.keep_classes
+    # A norm that is known by its operations alone has no tensors to pad with by their roles.
+    if not asked or affine.shift is None or is_unlisted(site):
+        raise Refused(Check.NO_NEIGHBOUR, "explicit padding is not asked for")
+    found = []
+    for run in ground.runs[site.index]:
+        _require_inner(ground, run)
+        channels = _channels(ground, site, run.end)
+        found.append(padded_readers(ground, run.end, channels, affine))
+    first = found[0]
+    if any(padded.amounts != first.amounts for padded in found):
+        raise Refused(Check.ZERO_PADDING, "it is called again where other amounts are padded")
+    if site.form != "module" or site.settings.get("channel_axis", 1) != 1:
+        raise Refused(Check.NOT_REWRITABLE, "only a module over axis 1 is replaced by a padding")
+    lost = lost_fact(ground.model, site, ChannelPad(torch.empty(0), first.amounts))
+    if lost is not None:
+        raise Refused(Check.NOT_REWRITABLE, lost)
+    landings = tuple(landing for padded in found for landing in padded.landings)
+    paths = dict.fromkeys(path for padded in found for path in padded.paths)
+    number = sum(padded.elements for padded in found)
+    kept = {} if is_affine(site) else {"affine": False}
+    return Proposal(
+        "into consumers, explicit padding",
+        agree(ground, landings),
+        landings,
+        frozenset[int]().union(*(padded.changed for padded in found)),
+        "identity" if is_affine(site) else site.kind,
+        {**kept, "pad": list(first.amounts), "unpadded": list(paths)},
+        notes=(f"pads {number} elements explicitly on these inputs",),
+    )
+
+
+def standalone(ground: Ground, site: Site) -> Proposal:
+    """To one multiplication and addition, where it can go nowhere. Raises Refused."""
+    if site.kind == "affine" or ground.choices.keep_classes:
+        raise Refused(Check.NO_NEIGHBOUR)
+    return Proposal("standalone affine", Agreed(()), (), frozenset(), "affine")
+
+
+def affine_of(site: Site) -> Affine:
+    """The scale and shift that come last in a norm, as Vectors."""
+    if is_unlisted(site):
+        return affine_of_unlisted(site)
+    roles = (*AFFINE_ROLES, *STATISTICS) if is_affine(site) else AFFINE_ROLES
+    tensors = {role: site.parameters[role] for role in roles if role in site.parameters}
+    known = ("eps", "weight_offset", "features")
+    settings = {name: site.settings[name] for name in known if name in site.settings}
+    whole = "running_var" in tensors
+    scaled, shifted = whole or "weight" in tensors, whole or "bias" in tensors
+    return Affine(
+        Vector("scale", tensors, settings) if scaled else None,
+        Vector("shift", tensors, settings) if shifted else None,
+    )
+
+
+def _channels(ground: Ground, site: Site, value: int) -> Tensor:
+    shape = ground.flow.shape(value)
+    axis = int(site.settings.get("channel_axis", 1))
+    features = site.settings.get("features")
+    spans = len(site.settings.get("normalized_shape", ())) > 1
+    if spans or len(shape) < 2 or features != shape[axis % len(shape)]:
+        raise Refused(Check.AXIS, "its weight does not run along one axis of its input")
+    return along_axis(shape, axis)
+
+
+def _require_inner(ground: Ground, run: Run) -> None:
+    """Nothing outside the norm reads what it computes on the way. Raises Refused."""
+    for node in run.nodes:
+        for output in node.outputs:
+            if output != run.end:
+                ground.require_only(output, run.nodes, "a value inside the norm")
+
+
+Rule = Callable[[Ground, Site], Proposal]
+AFFINE_RULES: Sequence[Rule] = (
+    into_producer,
+    into_padding_consumers,
+    into_consumers,
+    standalone,
+)
+TAIL_RULES: Sequence[Rule] = (into_padding_consumers, into_consumers)

@@ -1,0 +1,221 @@
+"""Which modules of a model could be two: those bound at two paths, or called in two places.
+
+A module bound at two paths gets a copy at every path but its first. A module that one forward calls
+in several places gets a copy for every place but the first; the forward is then rewritten, and a
+rewriting counts only if it is proven.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor, fx, nn
+
+from normsurgery.errors import CannotRewrite, CannotTrace
+from normsurgery.find.by_type import typed_norms
+from normsurgery.find.candidates import NotProven
+from normsurgery.find.events import Event
+from normsurgery.find.position import call_site
+from normsurgery.fold.edits import Copy
+from normsurgery.fold.own_copies import KIND, UNTIED, make_copies
+from normsurgery.graph import FrameRecord, ModuleCall, Op, Recording, Ref, record
+from normsurgery.inputs import Inputs
+from normsurgery.plan import Step
+from normsurgery.spec import Fidelity
+from normsurgery.surgery.calls import recorded_calls
+from normsurgery.survey import CallSite, Origin, Site
+from normsurgery.treecopy import tree_copy
+
+
+def possible_copies(model: nn.Module, inputs: Inputs, *, first: int) -> list[Step]:
+    """A Step for every module that could be split so that each call has one of its own.
+
+    first: the number of the first Site. The model itself is not touched.
+    """
+    tree = tree_copy(model)
+    norms = frozenset(path for typed in typed_norms(tree) for path in typed.paths)
+    steps = _at_paths(tree, norms)
+    make_copies(tree, steps, None)
+    try:
+        recording = record(tree, inputs)
+    except CannotTrace:  # a forward that asks whether two of its modules are one
+        return []
+    called = {recording.path(call.module) for call in recording.module_calls}
+    steps = [step for step in steps if step.site.path in called]
+    steps += _proven(tree, _in_forwards(recording, norms), inputs)
+    return [replace(s, site=replace(s.site, index=first + n)) for n, s in enumerate(steps)]
+
+
+# --- bound at two paths -------------------------------------------------------------------------
+
+
+def _at_paths(tree: nn.Module, norms: Collection[str]) -> list[Step]:
+    first: dict[int, str] = {}
+    steps: list[Step] = []
+    for path, module in tree.named_modules(remove_duplicate=False):
+        source = first.setdefault(id(module), path)
+        if source != path and module._parameters and path not in norms:
+            site = _site(module, (path,), source, None)
+            steps.append(_step(module, site, f"{path}."))
+    return steps
+
+
+# --- called in two places of a forward ----------------------------------------------------------
+
+
+def _in_forwards(recording: Recording, norms: Collection[str]) -> list[Step]:
+    """One Step for each place but the first, with a child's name that is free in the owner."""
+    found: dict[int, _Shared] = {}
+    for call in recording.module_calls:
+        if call.module._parameters and recording.path(call.module) not in norms:
+            shared = _shared(recording, call.module, norms)
+            if shared is not None:
+                found[id(shared.module)] = shared
+    paths = [recording.path(shared.module) for shared in found.values()]
+    taken: dict[int, set[str]] = {}
+    steps: list[Step] = []
+    for shared in found.values():
+        path, prefix = (recording.path(m) for m in (shared.module, shared.owner))
+        if any(other.startswith(f"{path}.") for other in paths):
+            continue  # what it holds is split
+        names = taken.setdefault(id(shared.owner), set(dir(shared.owner)))
+        for place in shared.places[1:]:
+            child = _fresh(path.rpartition(".")[2], names)
+            names.add(child)
+            site = _site(shared.module, recording.paths[id(shared.owner)], path, place)
+            below = f"{prefix}.{child}." if prefix else f"{child}."
+            steps.append(replace(_step(shared.module, site, below), child=child))
+    return steps
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """A module, the one owner whose forward calls it, and where it does."""
+
+    module: nn.Module
+    owner: nn.Module
+    places: tuple[CallSite, ...]
+
+
+def _shared(recording: Recording, module: nn.Module, norms: Collection[str]) -> _Shared | None:
+    """The module, or what it is in, that one forward calls in several places; None without."""
+    while (found := _places(recording, module)) is not None:
+        path = recording.path(module)
+        buffers = any(True for _ in module.buffers())
+        inside = path.startswith(f"{recording.path(found.owner)}.".lstrip("."))
+        if buffers or not inside or any(norm.startswith(f"{path}.") for norm in norms):
+            return None
+        if len(found.places) > 1:
+            return found
+        module = found.owner
+    return None
+
+
+def _places(recording: Recording, module: nn.Module) -> _Shared | None:
+    """Where it is called more than once by one owner; None unless each call is of one value and
+    gives one."""
+    calls = [call for call in recording.module_calls if call.module is module]
+    found = [_place(recording, call) for call in calls]
+    known = [item for item in found if item is not None]
+    if len(calls) < 2 or len(known) < len(calls) or len({id(owner) for owner, _ in known}) > 1:
+        return None
+    places = dict.fromkeys(place for _, place in known)
+    return _Shared(module, known[0][0], tuple(places))
+
+
+def _place(recording: Recording, call: ModuleCall) -> tuple[nn.Module, CallSite] | None:
+    by_position = len(call.args) == 1 and not call.kwargs
+    by_name = not call.args and list(call.kwargs) == ["input"]
+    if not by_position and not by_name:
+        return None
+    given = call.args[0] if by_position else call.kwargs["input"]
+    if not isinstance(given, Ref) or not isinstance(call.output, Ref):
+        return None
+    made = recording.values[call.output.value].op
+    if made is None or not call.start <= made < call.end:
+        return None
+    frames = _outside(recording.ops[made], call.module)
+    if not frames or isinstance(frames[0].module, fx.GraphModule):
+        return None
+    owner = frames[0].module
+    event = Event(given.value, call.output.value, (), frames, constant=False)
+    ops = tuple(recording.ops[call.start : call.end])
+    try:
+        found = call_site(recording, owner, owner, event, call.output.value, ops, given.value)
+    except NotProven:
+        return None
+    assert found.output is not None
+    # What it is called with stands in the call itself.
+    return owner, replace(found, input=Origin(), region=(found.output,))
+
+
+def _outside(op: Op, module: nn.Module) -> tuple[FrameRecord, ...]:
+    """The frames around the module's own."""
+    own = [place for place, frame in enumerate(op.frames) if frame.module is module]
+    return op.frames[own[-1] + 1 :] if own else ()
+
+
+def _fresh(name: str, taken: set[str]) -> str:
+    stem = name if name.isidentifier() else "shared"
+    number = 2
+    while f"{stem}_{number}" in taken:
+        number += 1
+    return f"{stem}_{number}"
+
+
+def _proven(tree: nn.Module, steps: Sequence[Step], inputs: Inputs) -> list[Step]:
+    """The steps of the owners whose forwards can be rewritten; on a model without values, none."""
+    held = (*tree.parameters(), *tree.buffers())
+    if not steps or any(tensor.is_meta for tensor in held):
+        return []
+    paths = list(dict.fromkeys(step.site.path for step in steps))
+    calls = recorded_calls(tree, paths, inputs)
+    proven: list[Step] = []
+    for path in paths:
+        group = [step for step in steps if step.site.path == path]
+        try:
+            make_copies(tree_copy(tree), group, calls)
+        except CannotRewrite:
+            continue
+        proven += group
+    return proven
+
+
+# --- steps --------------------------------------------------------------------------------------
+
+
+def _site(module: nn.Module, paths: tuple[str, ...], source: str, call: CallSite | None) -> Site:
+    return Site(
+        index=0,
+        kind=KIND,
+        paths=paths,
+        form="module" if call is None else "formula",
+        class_name=type(module).__name__,
+        parameters={},
+        settings={"source": source, "bytes": sum(map(_size, module.parameters()))},
+        attach="layer",
+        call=call,
+    )
+
+
+def _step(module: nn.Module, site: Site, prefix: str) -> Step:
+    source = site.settings["source"]
+    named = dict(module.named_parameters())
+    return Step(
+        site=site,
+        to="identity",
+        options={},
+        fidelity=Fidelity.EVAL,
+        action="fold",
+        notes=tuple(
+            f"untied: {prefix}{name} is a copy of its own ({_size(tensor)} bytes)"
+            for name, tensor in named.items()
+        ),
+        rule=UNTIED,
+        edits=tuple(Copy(f"{prefix}{name}", f"{source}.{name}") for name in named),
+    )
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
