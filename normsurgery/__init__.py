@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from normsurgery.artefacts import load_directory as load
     from normsurgery.errors import NormsurgeryError
     from normsurgery.find import find
+    from normsurgery.fold.checkpoint import fold_checkpoint
     from normsurgery.fold.folding import fold
     from normsurgery.inputs import Inputs
     from normsurgery.plan import Plan, Step, plan
@@ -38,6 +39,7 @@ _HOMES = {
     "Survey": ("normsurgery.survey", "Survey"),
     "find": ("normsurgery.find", "find"),
     "fold": ("normsurgery.fold.folding", "fold"),
+    "fold_checkpoint": ("normsurgery.fold.checkpoint", "fold_checkpoint"),
     "get": ("normsurgery.spec", "get"),
     "load": ("normsurgery.artefacts", "load_directory"),
     "names": ("normsurgery.spec", "names"),
@@ -63,6 +65,7 @@ __all__ = [
     "Survey",
     "find",
     "fold",
+    "fold_checkpoint",
     "get",
     "load",
     "names",
