@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 from typing import Any
 
 import typer
 
 from . import options as o
 from . import render
-from .opening import batches, example_inputs, named_values, open_model, open_pair, output_path
+from .opening import (
+    batches,
+    example_inputs,
+    keep_plan,
+    named_values,
+    open_model,
+    open_pair,
+    output_path,
+)
 from .session import one_sentence_errors, progress, quiet_libraries
 
 app = typer.Typer(
     name="normsurgery",
-    help="Find, swap and verify the normalization layers of a trained PyTorch model.",
+    help="Find, swap, fold and verify the normalization layers of a trained PyTorch model.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -92,11 +101,11 @@ def swap(
         }
         ready = swapping.ready_plan(to, plan, save_plan, **wanted)
         loaded = open_model(model, arguments, weights, trust)
-        target = output_path(loaded, to, out, force=force or dry_run)
+        target = output_path(loaded, swapping.suffix(to), out, force=force or dry_run)
         example = example_inputs(inputs, loaded.model)
         if dry_run:
             made = ready or swapping.planned(loaded.model, to, example, **wanted)
-            swapping.keep_plan(made, save_plan)
+            keep_plan(made, save_plan)
             return render.plan(made, as_json)
         given: Any = loaded.model
         with progress("swapping the norms and measuring what was promised"):
@@ -108,10 +117,77 @@ def swap(
                 inputs=example,
                 **wanted,
             )
-        swapping.keep_plan(report.plan, save_plan)
+        keep_plan(report.plan, save_plan)
         written = swapping.save(loaded, changed, report, target, force=force)
         following = swapping.next_command(loaded, written, named_values(arguments), trust or ())
         render.report(report, as_json, written, following)
+        raise typer.Exit(report.exit_code)
+
+
+@app.command()
+def fold(
+    model: o.Model,
+    rmsnorm: o.RMSNorm = False,
+    pad: o.Pad = "refuse",
+    untie: o.Untie = False,
+    prune: o.Prune = False,
+    drop: o.Drop = False,
+    assume_inputs: o.AssumeInputs = False,
+    plan: o.Plan = None,
+    kind: o.Kind = None,
+    only: o.Only = None,
+    exclude: o.Exclude = None,
+    inputs: o.Inputs = None,
+    verify: o.Verify = True,
+    time: o.Time = True,
+    dry_run: o.DryRun = False,
+    save_plan: o.SavePlan = None,
+    out: o.Out = None,
+    force: o.Force = False,
+    arguments: o.Arg = None,
+    weights: o.Weights = None,
+    trust: o.Trust = None,
+    as_json: o.AsJson = False,
+    debug: o.Debug = False,
+) -> None:
+    """Remove normalizations of MODEL by absorbing them into their neighbours, exactly.
+
+    Every norm is folded, and proven to be, or left where it is with the reason. The result computes
+    what MODEL computes in eval mode. Where nothing can be folded nothing is written, unless to the
+    file that --out names. A checkpoint directory is streamed and need not fit into memory.
+    """
+    with one_sentence_errors(debug):
+        from . import folding, render_fold
+
+        selection = {"kind": kind, "only": only or (), "exclude": exclude or ()}
+        asked = folding.Request(
+            model=model,
+            wanted={
+                **selection,
+                "rmsnorm": rmsnorm,
+                "pad": pad,
+                "untie": untie,
+                "prune": prune,
+                "assume_inputs": assume_inputs,
+                "verify": verify,
+                "time": time,
+            },
+            plan=folding.ready_plan(plan, save_plan, selection),
+            inputs=inputs,
+            drop=drop,
+            dry_run=dry_run,
+            out=out,
+            force=force,
+            arguments=arguments,
+            weights=weights,
+            trust=trust,
+        )
+        fold_it = folding.fold_directory if Path(model).is_dir() else folding.fold_model
+        made, report, written = fold_it(asked)
+        keep_plan(made, save_plan)
+        if report is None:
+            return render_fold.plan(made, as_json)
+        render_fold.report(report, as_json, written)
         raise typer.Exit(report.exit_code)
 
 

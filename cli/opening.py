@@ -13,6 +13,7 @@ from .session import note, progress
 if TYPE_CHECKING:
     from normsurgery.artefacts import Loaded
     from normsurgery.inputs import Inputs
+    from normsurgery.plan import Plan
 
 
 def open_model(
@@ -73,22 +74,34 @@ def named_values(words: Sequence[str] | None) -> dict[str, Any]:
 
 
 def example_inputs(texts: Sequence[str] | None, model: Any) -> Inputs | None:
-    """The inputs as spelled, else inferred, and then the spelling that repeats them is said.
+    """The inputs as spelled, else inferred.
 
     None where none can be inferred: a verb may be able to do without, and says what that costs.
+    """
+    try:
+        return spelled_or_inferred(texts, model)
+    except CannotTrace as error:
+        note(f"no inputs: {error}")
+        return None
+
+
+def spelled_or_inferred(texts: Sequence[str] | None, model: Any) -> Inputs:
+    """The inputs as spelled, else inferred, and then the spelling that repeats them is said.
+
+    Raises CannotTrace where none can be inferred.
     """
     from normsurgery import inputs
 
     if texts:
         return inputs.parse(list(texts))
-    try:
-        with progress("looking for inputs that the model accepts"):
-            inferred = inputs.infer(model)
-    except CannotTrace as error:
-        note(f"no inputs: {error}")
-        return None
-    note("inputs inferred: " + " ".join(f"--input '{text}'" for text in inferred.spelling))
+    with progress("looking for inputs that the model accepts"):
+        inferred = inputs.infer(model)
+    note_inferred(inferred.spelling)
     return inferred
+
+
+def note_inferred(spelling: Sequence[str]) -> None:
+    note("inputs inferred: " + " ".join(f"--input '{text}'" for text in spelling))
 
 
 def batches(texts: Sequence[str] | None) -> list[Inputs] | None:
@@ -98,11 +111,16 @@ def batches(texts: Sequence[str] | None) -> list[Inputs] | None:
     return [inputs.parse([text]) for text in texts] if texts else None
 
 
-def output_path(loaded: Loaded, to: str | None, out: Path | None, *, force: bool) -> Path:
+def output_path(loaded: Loaded, suffix: str, out: Path | None, *, force: bool) -> Path:
     """Where to write; raises UsageError now, and not after minutes, where that cannot be done."""
     from normsurgery.artefacts.saving import check_target
-    from normsurgery.spec import canonical
 
-    path = out or loaded.output(canonical(to) if to else "swapped")
+    path = out or loaded.output(suffix)
     check_target(path, force=force)
     return path
+
+
+def keep_plan(plan: Plan, file: Path | None) -> None:
+    if file is not None:
+        plan.save(file)
+        note(f"wrote {file}")

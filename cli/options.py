@@ -99,6 +99,49 @@ Calibrate = Annotated[
     ),
 ]
 
+# How norms are folded.
+RMSNorm = Annotated[
+    bool,
+    Option(
+        "--rmsnorm",
+        help="Centre what writes to a residual stream, so that its LayerNorms become RMSNorms "
+        "without weight.",
+    ),
+]
+Pad = Annotated[
+    Literal["refuse", "explicit"],
+    Option(
+        "--pad",
+        help="Where a shift meets zero padding: refuse, or pad explicitly with the constant that "
+        "makes it exact.",
+    ),
+]
+Untie = Annotated[
+    bool, Option("--untie", help="Copy a tied weight that is in the way, and say what that costs.")
+]
+Prune = Annotated[
+    bool, Option("--prune", help="Remove the Identities that are left, where nothing needs them.")
+]
+Drop = Annotated[
+    bool,
+    Option("--drop", help="Leave the neutral tensors of folded norms out of a checkpoint."),
+]
+AssumeInputs = Annotated[
+    bool,
+    Option(
+        "--assume-inputs",
+        help="Fold also where code that the inputs did not reach might see it; it is said where.",
+    ),
+]
+Verify = Annotated[
+    bool,
+    Option("--verify/--no-verify", help="Measure the result against a float64 run of MODEL."),
+]
+Time = Annotated[
+    bool,
+    Option("--time/--no-time", help="Count the norms that run, and time both models."),
+]
+
 # What comes out.
 DryRun = Annotated[bool, Option("--dry-run", help="Show the plan and write nothing but it.")]
 SavePlan = Annotated[

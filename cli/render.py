@@ -29,7 +29,7 @@ NOT_SELECTED = "not selected"  # the reason that its reader gave, and knows
 def survey(found: Survey, as_json: bool) -> None:
     """Print the count by kind, the sites, the skips and the notes of a survey."""
     if as_json:
-        return _print_json(found.to_json())
+        return print_json(found.to_json())
     counts = ", ".join(f"{count} {kind}" for kind, count in found.counts().items())
     print(f"{found.model}: {counts or 'no norms'}")
     if found.sites:
@@ -37,14 +37,14 @@ def survey(found: Survey, as_json: bool) -> None:
         headers = ["#", "where", "kind", "class", "form", "input", "calls", "found by", "proof"]
         table([*headers, "notes"], [_site_row(site) for site in found.sites])
     _skips(found.skips)
-    _notes(found.notes)
+    notes(found.notes)
     return None
 
 
 def plan(made: Plan, as_json: bool) -> None:
     """Print what a plan would do, and what it would leave alone."""
     if as_json:
-        return _print_json(made.to_json())
+        return print_json(made.to_json())
     print(f"{made.model}: {len(made.steps)} to change, {len(made.skips)} left alone")
     _steps(made)
     return None
@@ -55,7 +55,7 @@ def report(
 ) -> None:
     """Print what was done and measured; last, where outputs changed, the next command to type."""
     if as_json:
-        return _print_json({**done.to_json(), "written": [str(path) for path in written]})
+        return print_json({**done.to_json(), "written": [str(path) for path in written]})
     if done.changes_outputs:
         from normsurgery.report import OUTPUTS_CHANGE
 
@@ -63,12 +63,12 @@ def report(
     print(f"{done.plan.model}: {len(done.plan.steps)} changed, {len(done.plan.skips)} left alone")
     _steps(done.plan)
     print()
-    _tensors(done.keymap)
+    tensors(done.keymap)
     if done.evidence is None:
         print("nothing was measured")
     else:
         _measured(done.evidence)
-    _notes(done.notes)
+    notes(done.notes)
     if written:
         print("wrote " + ", ".join(str(path) for path in written))
     if done.changes_outputs and following is not None:
@@ -79,7 +79,7 @@ def report(
 def evidence(measured: Evidence, as_json: bool) -> None:
     """Print the verdict on two models, the worst comparison and what was left out."""
     if as_json:
-        return _print_json(measured.to_json())
+        return print_json(measured.to_json())
     return _measured(measured)
 
 
@@ -87,7 +87,7 @@ def norms(entries: Sequence[Entry], broken: Mapping[str, str], as_json: bool) ->
     """Print the norms, and the installed packages whose norms could not be loaded."""
     if as_json:
         listed = [entry.to_json() for entry in entries]
-        return _print_json({"norms": listed, "broken_plugins": dict(broken)})
+        return print_json({"norms": listed, "broken_plugins": dict(broken)})
     table(
         ["norm", "attaches to", "also", "what it does", "from"],
         [
@@ -104,11 +104,11 @@ def norms(entries: Sequence[Entry], broken: Mapping[str, str], as_json: bool) ->
 def explanation(entry: Entry, documentation: str, as_json: bool) -> None:
     """Print what a norm's own file says about it."""
     if as_json:
-        return _print_json({**entry.to_json(), "documentation": documentation})
+        return print_json({**entry.to_json(), "documentation": documentation})
     return print(documentation)
 
 
-def _print_json(value: Any) -> None:
+def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
@@ -165,14 +165,15 @@ def _skips(left_alone: Sequence[Skip]) -> None:
         print(f"{len(left_alone) - len(told)} left alone: {NOT_SELECTED}")
 
 
-def _tensors(keymap: KeyMap) -> None:
-    """One line on the state_dict keys that vanish, the first by name, and those that are new."""
+def tensors(keymap: KeyMap) -> None:
+    """One line on the state_dict keys that vanish, the first by name, and on new or other ones."""
     dropped, created = keymap.dropped, len(keymap.created)
     more = ", ..." if len(dropped) > NAMES else ""
     counts = {
         f"dropped ({', '.join(dropped[:NAMES])}{more})": len(dropped),
         "created": created,
         "computed from old ones": len(keymap.made) - created,
+        "folded into": len(keymap.edited),
     }
     told = [f"{n} tensor{'s' * (n > 1)} {what}" for what, n in counts.items() if n]
     if told:
@@ -195,7 +196,7 @@ def _measured(measured: Evidence) -> None:
     for left in measured.left_out:
         place = " ".join(part for part in (left.where, left.case, left.mode, left.runner) if part)
         print(f"{left.kind}: {place}: {left.reason}")
-    _notes(measured.notes)
+    notes(measured.notes)
 
 
 def _verdict(measured: Evidence) -> str:
@@ -284,7 +285,7 @@ def _percent(share: float | None) -> str:
     return "" if share is None else f"{share:.1%}"
 
 
-def _notes(texts: Sequence[str]) -> None:
+def notes(texts: Iterable[str]) -> None:
     for text in texts:
         print(f"note: {text}")
 

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Event, Thread
 
@@ -72,3 +72,29 @@ def _speak(doing: str, done: Event) -> None:
         elapsed = time.monotonic() - start
         note(f"{doing} ... ({elapsed:.0f} s)")
         pause = elapsed
+
+
+@contextmanager
+def bars(beginning: str) -> Iterator[Callable[[str, int, int], None]]:
+    """Bars on stderr for work that can be counted; nothing at all where that is no terminal.
+
+    The function in between takes what is being done, how much of it is done, and of how much.
+    `beginning` is what is done before it is first called.
+    """
+    if not sys.stderr.isatty():
+        yield lambda what, done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as shown:
+        before = shown.add_task(beginning, total=None)
+        tasks = {}
+
+        def advance(what: str, done: int, total: int) -> None:
+            shown.update(before, visible=False)
+            if what not in tasks:
+                tasks[what] = shown.add_task(what)
+            shown.update(tasks[what], completed=done, total=total)
+
+        yield advance

@@ -67,6 +67,13 @@ def _check_option_names(rule: Rule) -> None:
             raise UsageError(f"{rule.to} has no option {name!r}. Valid: {listed}.")
 
 
+def suffix(to: str | None) -> str:
+    """What the name of a swapped model says of the swap."""
+    from normsurgery.spec import canonical
+
+    return canonical(to) if to else "swapped"
+
+
 def planned(model: Any, to: str | None, example: Inputs | None, **wanted: Any) -> Plan:
     """The plan that `swap` would make and carry out."""
     import normsurgery as ns
@@ -79,12 +86,6 @@ def planned(model: Any, to: str | None, example: Inputs | None, **wanted: Any) -
     with progress("finding the norms"):
         survey = survey_for(inner, to, wanted["rules"], example)
     return ns.plan(survey, inner, to, **wanted)
-
-
-def keep_plan(plan: Plan, file: Path | None) -> None:
-    if file is not None:
-        plan.save(file)
-        note(f"wrote {file}")
 
 
 def save(

@@ -2,7 +2,9 @@
 
 A small ResNet trained on handwritten digits (examples/train_digits.py) has its BatchNorms found and
 swapped to GroupNorm from the command line. Its accuracy on held-out digits is measured before,
-after the swap, and after a short fine-tune on the training digits. Files are left in FOLDER.
+after the swap, and after a short fine-tune on the training digits. Then the BatchNorms of the
+original are folded into its convolutions, and those of the swapped model are refused, with the
+reason. Files are left in FOLDER.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from digits import accuracy, fit, splits
+from digits import Split, accuracy, fit, splits
+from torch import Tensor, nn
 
 from normsurgery import artefacts
 
@@ -33,15 +36,32 @@ def main(folder: Path) -> None:
     command(folder, "normsurgery find model.pt --input held_out.pt")
     command(folder, "normsurgery swap model.pt --to groupnorm --input held_out.pt")
 
-    report = json.loads((folder / "model.groupnorm.pt.report.json").read_text(encoding="utf-8"))
+    report = report_of(folder / "model.groupnorm.pt")
     model = artefacts.load(folder / "model.groupnorm.pt").model
-    before = accuracy(artefacts.load(folder / "model.pt").model, test)
+    original = artefacts.load(folder / "model.pt").model
+    before = accuracy(original, test)
     after = accuracy(model, test)
     fit(model, train, epochs=3, rate=2e-3)
     print(f"\naccuracy on the {len(test.labels)} held-out digits")
     print(f"  BatchNorm, as trained           {before:6.1%}")
     print(f"  GroupNorm, just swapped         {after:6.1%}   {promised_and_measured(report)}")
     print(f"  GroupNorm, 3 epochs fine-tuned  {accuracy(model, test):6.1%}")
+
+    command(folder, "normsurgery fold model.pt --input held_out.pt")
+    command(folder, "normsurgery fold model.groupnorm.pt --input held_out.pt")
+
+    folded = artefacts.load(folder / "model.folded.pt").model
+    same = int((answers(folded, test) == answers(original, test)).sum())
+    print(f"\naccuracy on the {len(test.labels)} held-out digits")
+    print(f"  no norm left, just folded       {accuracy(folded, test):6.1%}   ", end="")
+    print(f"the same answer as before on {same} of {len(test.labels)}")
+
+
+@torch.no_grad()
+def answers(model: nn.Module, split: Split) -> Tensor:
+    """The digit that the model sees in each image, (N,) in int64."""
+    answered: Tensor = model.eval()(split.images).logits.argmax(dim=-1)
+    return answered
 
 
 def command(folder: Path, line: str) -> None:
@@ -51,8 +71,14 @@ def command(folder: Path, line: str) -> None:
     subprocess.run(words, cwd=folder, check=True)
 
 
+def report_of(file: Path) -> dict[str, Any]:
+    """The report that stands beside a written model."""
+    text = file.with_name(f"{file.name}.report.json").read_text(encoding="utf-8")
+    return dict(json.loads(text))
+
+
 def promised_and_measured(report: dict[str, Any]) -> str:
-    """In the report that stands beside the swapped model: before anybody knew the labels."""
+    """What the report of the swap says, made before anybody knew the labels."""
     promises = {step["fidelity"] for step in report["plan"]["steps"]}
     drift = next(d for d in report["evidence"]["drifts"] if d["case"] == "example")
     return (

@@ -113,12 +113,12 @@ def _output(line: str) -> str:
     return subprocess.run(words, capture_output=True, text=True, check=True).stdout
 
 
-@pytest.mark.parametrize("verb", ["find", "swap", "verify", "norms", "explain"])
+@pytest.mark.parametrize("verb", ["find", "swap", "fold", "verify", "norms", "explain"])
 def test_the_readme_shows_every_verb(verb: str) -> None:
     shown = [command.line for block in blocks() for command in commands(block)]
     assert any(line.startswith(f"normsurgery {verb}") for line in shown)
 
 
-@pytest.mark.parametrize("verb", ["find", "swap", "verify"])
+@pytest.mark.parametrize("verb", ["find", "swap", "fold", "verify"])
 def test_the_readme_shows_every_verb_from_python(verb: str) -> None:
     assert any(f"ns.{verb}(" in block.text for block in blocks() if block.language == "python")

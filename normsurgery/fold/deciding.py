@@ -38,6 +38,7 @@ from normsurgery.surgery.surroundings import Surroundings
 from normsurgery.survey import Site, Skip
 
 Decision = Step | Skip
+NOT_SELECTED = "not selected"
 
 
 class Decider:
@@ -56,7 +57,7 @@ class Decider:
         decided = {
             site.index: self._decided(ground, site)
             if site.index in chosen
-            else Skip(site.label, "not selected", "", site.kind)
+            else Skip(site.label, NOT_SELECTED, "", site.kind)
             for site in ordered
         }
         self._try_again(ground, decided)
@@ -76,10 +77,10 @@ class Decider:
             changed = False
             for site in list(ground.located.survey):
                 old = decided[site.index]
-                if not _is_left(old, site) or site.index not in ground.runs:
+                if not _is_left(old) or not ground.runs[site.index]:
                     continue
                 new = self._decided(ground, site)
-                if isinstance(new, Step) and not _is_left(new, site):
+                if isinstance(new, Step) and not _is_left(new):
                     del decided[site.index]
                     decided[site.index] = new
                     changed = True
@@ -205,15 +206,11 @@ class Decider:
 _ASSUME = "assume_inputs=True folds it for calls like the example."
 
 
-def _is_left(made: Decision, site: Site) -> bool:
-    """An affine norm that another one may have been in the way of."""
-    if not is_affine(site):
-        return False
-    return (
-        made.reason != "not selected"
-        if isinstance(made, Skip)
-        else made.rule == "standalone affine"
-    )
+def _is_left(made: Decision) -> bool:
+    """A norm that another one may have been in the way of."""
+    if isinstance(made, Skip):
+        return made.reason != NOT_SELECTED
+    return made.rule == "standalone affine"
 
 
 def _last_axis(site: Site, proposal: Proposal) -> Literal["scale", "affine"] | None:

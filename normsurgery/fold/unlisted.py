@@ -230,7 +230,8 @@ def _site(
             "eps": 0.0,
             "channel_axis": -1 if axis == rank - 1 and axis != 1 else axis,
             "features": start.shape[axis],
-            "shape": list(start.shape),
+            # Of the sizes only their number matters: another batch must give the same edits.
+            "shape": [size if place == axis else 2 for place, size in enumerate(start.shape)],
             "operations": list(found.operations),
             "parts": list(found.parts),
         },

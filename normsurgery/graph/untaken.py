@@ -49,13 +49,18 @@ class Untaken:
 
     @cached_property
     def stored(self) -> frozenset[str]:
-        """The names of attributes that the code of the model sets while it runs."""
-        roots = {a.syntax.root for a in self.executed.activations if a.syntax is not None}
+        """The names of attributes that the code of the model sets while it runs.
+
+        What an object sets on itself while it is made was not there before: it counts for nothing.
+        """
+        codes = {(a.syntax.root, _made_here(a)) for a in self.executed.activations if a.syntax}
         return frozenset(
             node.attr
-            for root in roots
+            for root, made in codes
             for node in walk_code(root)
-            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+            if isinstance(node, ast.Attribute)
+            and isinstance(node.ctx, ast.Store)
+            and not (isinstance(node.value, ast.Name) and node.value.id == made)
         )
 
     @cached_property
@@ -240,6 +245,16 @@ class Untaken:
         if call is not None and _is_settled_product(syntax, call) and _returns(control.arms[arm]):
             others = [(*nodes, *syntax.continuation(control.node, syntax.root)) for nodes in others]
         return call is None or not all(_repeats(nodes, call) for nodes in others)
+
+
+def _made_here(activation: Activation) -> str | None:
+    """The name of the object that an activation makes: `self` in an `__init__`, of no module."""
+    code = activation.code
+    if code.co_name != "__init__" or not code.co_argcount:
+        return None
+    first = code.co_varnames[0]
+    bound = activation.names.get(first)
+    return None if bound is not None and isinstance(bound.held, nn.Module) else first
 
 
 def _others(control: Control, arm: int) -> list[tuple[ast.AST, ...]]:
