@@ -38,7 +38,7 @@ def judged(seed: int) -> Outcome:
 
 
 def outcomes(seeds: range, jobs: int) -> Iterator[Outcome]:
-    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=2000) as pool:
+    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=20) as pool:
         yield from pool.imap_unordered(judged, seeds, chunksize=20)
 
 

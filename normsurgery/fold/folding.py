@@ -189,14 +189,14 @@ def _carried_out(
         try:
             applied = _apply(original, working, made, inputs)
         except CannotHold as error:
-            if plan is not None:
+            if plan is not None or error.step.site.label in refused:
                 raise
             refused[error.step.site.label] = error.match
             continue
         impossible = _impossible(made, applied)
         if not impossible:
             return applied
-        if plan is not None:
+        if plan is not None or impossible.keys() <= refused.keys():
             label, match = next(iter(impossible.items()))
             raise UsageError(f"{label}: {match.reason}. Make a new plan without it (exclude).")
         refused |= impossible
