@@ -234,3 +234,24 @@ def test_a_plan_of_the_other_verb_is_refused() -> None:
         ns.fold(model, plan=swapped.plan, inputs=(x,))
     with pytest.raises(UsageError, match=r"fold\(plan"):
         ns.swap(model, plan=folded.plan, inputs=(x,))
+
+
+class ByBatch(Residual):
+    """A stream that holds something else where the batch is one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x) + self.position
+        if x.shape[0] == 1:
+            x = torch.exp(x)
+        for norm, up, down in zip(self.norms, self.up, self.down, strict=False):
+            x = x + down(torch.relu(up(norm(x))))
+        return self.head(self.norms[2](x))
+
+
+def test_a_stream_that_one_batch_size_breaks_is_not_centred_in_part() -> None:
+    model = unsettled(ByBatch())
+    x = torch.randn(3, 7, 5, dtype=torch.float64)
+    folded, report = ns.fold(model, inputs=(x,), rmsnorm=True, assume_inputs=True)
+    assert report.passed
+    for given in (x, x[:1]):
+        assert relative(folded(given), model(given)) < BOUND

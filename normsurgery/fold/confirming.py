@@ -20,9 +20,9 @@ from normsurgery.fold.rules import (
 )
 from normsurgery.graph import Recording
 from normsurgery.plan import MERGED, Step
-from normsurgery.survey import Site, Skip
+from normsurgery.survey import Skip
 
-_BY_BATCH = NoMatch(Check.HIDDEN_BRANCH, "the batch size decides what runs")
+BY_BATCH = NoMatch(Check.HIDDEN_BRANCH, "the batch size decides what runs")
 
 
 def confirmed(
@@ -32,22 +32,23 @@ def confirmed(
     if _signature(again.recording) == _signature(located.recording):
         return list(decided)
     ground = Ground(again, choices)
-    sites = {site.label: site for site in again.survey}
+    places = {site.label: site.index for site in again.survey}
     return [
         made
-        if isinstance(made, Skip) or _holds(ground, sites.get(made.site.label), made)
-        else skip(made.site, [_BY_BATCH])
+        if isinstance(made, Skip) or _holds(ground, places.get(made.site.label), made)
+        else skip(made.site, [BY_BATCH])
         for made in decided
     ]
 
 
-def _holds(ground: Ground, site: Site | None, made: Step) -> bool:
+def _holds(ground: Ground, place: int | None, made: Step) -> bool:
     """Whether the rule that made the step makes the same edits here; then it is taken as done."""
     # A merge is proven on several batches; an affine is what the norm is, whatever surrounds it.
     if made.rule in (MERGED, "standalone affine"):
         return True
-    if site is None or not ground.runs[site.index]:
+    if place is None or not ground.runs[place]:
         return False
+    site = ground.site(place)
     rule = _rule_that_edited(made)
     centred = [edit for edit in made.edits if isinstance(edit, Centre)]
     try:

@@ -10,7 +10,7 @@ from torch import nn
 from normsurgery.errors import CannotTrace
 from normsurgery.find import Located, locate
 from normsurgery.fold.checks import NoMatch
-from normsurgery.fold.confirming import confirmed
+from normsurgery.fold.confirming import BY_BATCH, confirmed
 from normsurgery.fold.deciding import Decider, Decision
 from normsurgery.fold.ground import Choices
 from normsurgery.fold.other_batch import with_other_batch
@@ -70,7 +70,13 @@ def _plan_as_it_is(
     decided = Decider(ready, choices, refused).decide(located, chosen)
     other = with_other_batch(inputs)
     if other is not None and any(isinstance(made, Step) for made in decided):
-        decided = _confirmed(decided, ready, located, other, choices)
+        before = decided
+        decided = _confirmed(before, ready, located, other, choices)
+        if _centred(decided) < _centred(before):
+            # A stream is centred whole or not at all: its norms rely on every writer.
+            plain = replace(choices, rmsnorm=False)
+            made = _plan_as_it_is(model, inputs, kind, only, exclude, plain, refused)
+            return _staying(made, _centred(before))
     known = {skip.path for skip in left}
     known |= {site.label for site in located.survey if is_unlisted(site)}
     done = {made.site.label for made in decided if isinstance(made, Step)}
@@ -81,6 +87,22 @@ def _plan_as_it_is(
         (*left, *skips, *(skip for skip in located.survey.skips if skip.path not in done)),
         versions=versions(),
     )
+
+
+def _centred(decided: Sequence[Decision]) -> frozenset[str]:
+    """The labels of the norms that are to become RMSNorms of a centred stream."""
+    steps = (made for made in decided if isinstance(made, Step))
+    return frozenset(step.site.label for step in steps if step.rule == "residual stream")
+
+
+def _staying(plan: Plan, labels: frozenset[str]) -> Plan:
+    """The plan, with the reason why these norms stay LayerNorms."""
+    note = f"stays a LayerNorm: {BY_BATCH.reason}"
+    steps = tuple(
+        replace(step, notes=(*step.notes, note)) if step.site.label in labels else step
+        for step in plan.steps
+    )
+    return replace(plan, steps=steps)
 
 
 def _located(
