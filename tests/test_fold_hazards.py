@@ -114,7 +114,7 @@ WITH_OPTION: dict[str, tuple[dict[str, Any], str]] = {
 
 ALSO: dict[str, tuple[str, str | None]] = {
     "shared conv under two names, two different bn": (REDUCED, "CALLED_AGAIN"),
-    "a branch on data decides whether the bn runs": (REDUCED, "HIDDEN_BRANCH"),
+    "a branch on data decides whether the bn runs": (REDUCED, "DATA_DEPENDENT"),
     "a branch on the batch decides whether the bn runs": (REDUCED, "HIDDEN_BRANCH"),
     "a branch on the batch hides a second consumer": (REDUCED, "HIDDEN_BRANCH"),
     "conv output written in place after the bn": (REDUCED, "OUTPUT_USED"),

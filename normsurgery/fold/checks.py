@@ -21,7 +21,7 @@ class Check(Enum):
     NO_NEIGHBOUR = "no weight on either side to fold it into"
     COMPUTES = "it has no scale or shift to fold away, only the statistics it computes"
     HIDDEN_BRANCH = "a branch that the trace did not run"
-    WRITTEN_IN_PLACE = "a value in between is written in place"
+    DATA_DEPENDENT = "control flow that depends on data"
     ADDED = "its output is added to another value"
     RETURNED = "its output is returned by the model"
     FOREIGN_WEIGHT = "a quantized, sharded or offloaded weight"

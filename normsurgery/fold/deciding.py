@@ -29,7 +29,9 @@ from normsurgery.fold.rules import (
     Proposal,
     is_affine,
 )
-from normsurgery.graph.branches import hidden_uses, same_conditions
+from normsurgery.graph import Recording
+from normsurgery.graph.branches import hidden_uses, reads_data, same_conditions
+from normsurgery.graph.flow import Node
 from normsurgery.plan import MERGED, Step
 from normsurgery.spec import Fidelity, get
 from normsurgery.surgery.obstacles import lost_fact
@@ -199,11 +201,18 @@ class Decider:
         )
         reasons = (*unseen, *(() if apart is None else (apart,)))
         if reasons and not self.choices.assume_inputs:
-            raise Refused(Check.HIDDEN_BRANCH, reasons[0], _ASSUME)
+            raise Refused(_kind_of_branch(recording, nodes), reasons[0], _ASSUME)
         return tuple(f"holds for calls like the example only: {reason}" for reason in reasons)
 
 
 _ASSUME = "assume_inputs=True folds it for calls like the example."
+
+
+def _kind_of_branch(recording: Recording, nodes: Sequence[Node]) -> Check:
+    """Whether a forward around these nodes asks a tensor for a number, as a branch on data does."""
+    running = {frame.serial for node in nodes for frame in node.frames}
+    reads = (op.frames[0].serial for op in reads_data(recording) if op.frames)
+    return Check.HIDDEN_BRANCH if running.isdisjoint(reads) else Check.DATA_DEPENDENT
 
 
 def _is_left(made: Decision) -> bool:
