@@ -35,9 +35,10 @@ from normsurgery.fold.edits import (
     Scale,
     Shift,
     Vector,
+    reads,
+    writes,
 )
 from normsurgery.fold.running import run
-from normsurgery.fold.schedule import SMALL, Stage, couplings, reads, stages, writes
 from normsurgery.fold.vectors import values
 from normsurgery.fold.weight_formulas import standardization_settings
 from normsurgery.graph import record
@@ -479,59 +480,6 @@ def same_bits(a: MutableMapping[str, Tensor], b: MutableMapping[str, Tensor]) ->
     return as_bytes[0] == as_bytes[1]
 
 
-def carried_out(made: list[Stage]) -> tuple[dict[str, Tensor], int]:
-    """What a streamer makes of `some_tensors`, and how often it loaded a tensor."""
-    stored, memory, loads = some_tensors(), dict[str, Tensor](), 0
-    dropped: set[str] = set()
-    for stage in made:
-        for name in stage.load:
-            assert name not in memory
-            memory[name], loads = stored[name], loads + 1
-        run(stage.edits, memory, inplace=True)
-        for name in stage.store:
-            if name in memory:
-                stored[name] = memory.pop(name)
-            else:
-                dropped.add(name)
-        for name in stage.forget:
-            del memory[name]
-    assert not memory
-    return {name: tensor for name, tensor in stored.items() if name not in dropped}, loads
-
-
-@settings(max_examples=300)
-@given(programs())
-def test_stages_give_the_same_bits_as_the_edits_in_order(edits: list[Edit]) -> None:
-    wanted = some_tensors()
-    run(edits, wanted)
-    made = stages(edits, SHAPES, limit=SIZE)
-    assert sorted(map(id, edits)) == sorted(id(edit) for stage in made for edit in stage.edits)
-    found, _ = carried_out(made)
-    assert same_bits({n: found[n] for n in sorted(found)}, {n: wanted[n] for n in sorted(wanted)})
-    written = {name for edit in edits for name in writes(edit)}.intersection(MATRICES)
-    for name in written:
-        assert sum(any(name in (*reads(e), *writes(e)) for e in s.edits) for s in made) == 1
-
-
-@settings(max_examples=200)
-@given(programs(), st.randoms(use_true_random=False))
-def test_couplings_can_run_in_any_order(edits: list[Edit], shuffler: Any) -> None:
-    wanted, found = some_tensors(), some_tensors()
-    run(edits, wanted)
-    groups = couplings(edits)
-    written = [{name for edit in group for name in writes(edit)} for group, _ in groups]
-    for place, (_, names) in enumerate(groups):
-        assert not any(names & other for at, other in enumerate(written) if at != place)
-    shuffler.shuffle(groups)
-    for group, names in groups:
-        part = {name: found[name] for name in names if name in found}
-        run(group, part)
-        for name in names:
-            found.pop(name, None)
-        found.update(part)
-    assert same_bits(dict(sorted(found.items())), dict(sorted(wanted.items())))
-
-
 @settings(max_examples=200)
 @given(programs())
 def test_only_what_an_edit_says_is_looked_at_and_nothing_given_is_changed(
@@ -615,67 +563,6 @@ def test_what_does_not_fit_is_an_error_that_says_so(edit: Edit, words: tuple[str
         assert word in str(error.value)
     assert all(tensors[name] is tensor for name, tensor in before.items())
     assert len(tensors) == len(before)
-
-
-# Schedules
-
-
-def llama(layers: int) -> tuple[list[Edit], dict[str, tuple[int, ...]]]:
-    """RMSNorm weights into their readers and then to ones, and shapes of a 70-billion Llama."""
-    edits: list[Edit] = []
-    shapes: dict[str, tuple[int, ...]] = {}
-    for layer in range(layers):
-        readers = {"norm1": ("q", "k", "v"), "norm2": ("gate", "up")}
-        for norm, names in readers.items():
-            weight = f"{layer}.{norm}"
-            shapes[weight] = (8192,)
-            for name in names:
-                shapes[f"{layer}.{name}"] = (8192, 8192)
-                edits.append(Scale(f"{layer}.{name}", scale(weight), 1))
-            edits.append(Fill(weight, 1.0))
-    return edits, shapes
-
-
-def test_the_readers_of_a_norm_are_loaded_one_at_a_time() -> None:
-    edits, shapes = llama(80)
-    made = stages(edits, shapes)
-    large = [[n for n in stage.load if len(shapes[n]) > 1] for stage in made]
-    assert [names for names in large if names] == [[n] for n in shapes if len(shapes[n]) > 1]
-    waiting: set[str] = set()
-    for stage in made:
-        waiting |= set(stage.load)
-        assert len(waiting) <= 2  # the matrix and its norm
-        waiting -= {*stage.store, *stage.forget}
-    assert not waiting
-    # With the norm's weight as large as the rest, all that read it before it is filled go together.
-    assert len(couplings(edits)) == 2 * 80
-
-
-def test_a_large_tensor_that_is_only_read_is_loaded_for_each_reader() -> None:
-    edits: list[Edit] = [Copy("head", "embed"), Scale("head", scale("a"), 1), Copy("b", "embed")]
-    first, second = stages(edits, {"a": (4,)})
-    assert first == Stage(tuple(edits[:2]), ("embed", "a"), ("head",), ("embed", "a"))
-    assert second == Stage((edits[2],), ("embed",), ("b",), ("embed",))
-
-
-def test_edits_that_no_order_of_two_matrices_satisfies_go_together() -> None:
-    edits: list[Edit] = [
-        AddProduct("a", "M", shift("b"), 1),
-        AddProduct("b", "N", shift("a"), 1),
-        AddProduct("a", "M", shift("b"), 1),
-        Centre("M", 0),
-        Centre("N", 0),
-    ]
-    shapes = {"a": (3,), "b": (3,)}
-    assert [set(s.load) for s in stages(edits, shapes)] == [{"a", "b", "M", "N"}]
-    assert [set(s.load) for s in stages(edits[1:], shapes)] == [{"a", "b", "N"}, {"M"}]
-
-
-def test_what_is_small_is_known_by_its_shape() -> None:
-    shapes = {"thin": (1, SMALL), "bias": (10 * SMALL,), "thick": (2, SMALL)}
-    edits: list[Edit] = [Copy(f"copy of {name}{i}", name) for name in shapes for i in range(2)]
-    loaded = [name for stage in stages(edits, shapes) for name in stage.load]
-    assert loaded == ["thin", "bias", "thick", "thick"]
 
 
 # JSON

@@ -11,9 +11,8 @@ from normsurgery.errors import NormsurgeryError
 from normsurgery.fold.casting import Loss, cast
 from normsurgery.fold.channel_pad import why_not_held
 from normsurgery.fold.checks import Check, NoMatch
-from normsurgery.fold.edits import Bake, Copy, Create, Drop, Edit
+from normsurgery.fold.edits import Bake, Copy, Create, Drop, Edit, reads, writes
 from normsurgery.fold.running import run
-from normsurgery.fold.schedule import reads, writes
 from normsurgery.plan import Step
 from normsurgery.spec import Source
 

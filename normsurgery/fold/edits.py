@@ -186,3 +186,38 @@ Edit = (
     | AddTensor
     | AddIdentity
 )
+
+
+def reads(edit: Edit) -> tuple[str, ...]:
+    """The tensors whose values the edit needs, each once; its target's too, where it is changed.
+
+    Create looks at the dtype of `like` alone and Fill at the shape of its target: not at values.
+    """
+    return tuple(dict.fromkeys(_reads(edit)))
+
+
+def _reads(edit: Edit) -> tuple[str, ...]:
+    match edit:
+        case Create() | Fill() | Drop():
+            return ()
+        case Copy():
+            return (edit.source,)
+        case Bake():
+            return tuple(edit.tensors.values())
+        case Centre():
+            return (edit.target,)
+        case AddKernel() | AddTensor():
+            return (edit.target, edit.source)
+        case AddProduct():
+            return (edit.target, edit.weight, *_of_vector(edit.by))
+        case Scale() | Shift() | AddIdentity():
+            return (edit.target, *_of_vector(edit.by))
+
+
+def _of_vector(vector: Vector | None) -> tuple[str, ...]:
+    return () if vector is None else tuple(vector.tensors[role] for role in vector.roles)
+
+
+def writes(edit: Edit) -> tuple[str, ...]:
+    """The tensors that are others, or there or gone, after the edit."""
+    return (edit.target,)

@@ -35,9 +35,9 @@ from normsurgery.fold.edits import (
     Scale,
     Shift,
     Vector,
+    reads,
 )
 from normsurgery.fold.running import run
-from normsurgery.fold.schedule import reads
 
 _KEPT = 1 << 20  # elements of a computed value that are kept for the next Edit that reads it
 
