@@ -125,11 +125,11 @@ def embedding(name: str, vocabulary: int, width: int) -> tuple[Layer, str]:
 def channel_norm(rng: Random, name: str, channels: int, spatial: tuple[int, ...]) -> Layer:
     """A norm whose channels are axis 1."""
     dims = len(spatial)
-    kinds = ["batchnorm"] * 8 + ["syncbatchnorm", "frozenbatchnorm"]
+    kinds = ["batchnorm"] * 9 + ["syncbatchnorm", "frozenbatchnorm"] * 3
     if dims:
-        kinds += ["instancenorm_statistics", "instancenorm", "groupnorm", "groupnorm"]
+        kinds += ["instancenorm_statistics", "instancenorm"] * 4 + ["groupnorm"] * 3
         kinds += ["batchnorm_no_statistics", "batchnorm_train"]
-    kind = rng.choice(kinds) if rng.random() < 0.98 else "affine"
+    kind = rng.choice(kinds) if rng.random() < 0.96 else "affine"
     eps = rng.choice(EPS)
     affine = rng.random() < 0.85
     settings = {"after": dims, "eps": eps}
