@@ -16,6 +16,7 @@ from normsurgery.spec import Fidelity
 if TYPE_CHECKING:
     from torch import nn
 
+    from normsurgery.export.facts import OnnxFacts
     from normsurgery.fold.speed import Speed
     from normsurgery.surgery.journal import Journal
     from normsurgery.surgery.keymap import KeyMap
@@ -29,7 +30,7 @@ class Report:
     """Plan, Evidence, KeyMap and versions of one verb; what is printed and what is saved.
 
     evidence: None where nothing could be measured; `notes` then say why.
-    speed: of a fold that was timed.
+    speed: of a fold that was timed. onnx: of an export.
     """
 
     verb: str
@@ -40,6 +41,7 @@ class Report:
     notes: tuple[str, ...] = ()
     journal: Journal | None = field(default=None, compare=False, repr=False)
     speed: Speed | None = None
+    onnx: OnnxFacts | None = None
 
     @property
     def passed(self) -> bool:
@@ -79,6 +81,7 @@ class Report:
             "plan": self.plan.to_json(),
             "evidence": None if self.evidence is None else self.evidence.to_json(),
             "speed": None if self.speed is None else self.speed.to_json(),
+            "onnx": None if self.onnx is None else self.onnx.to_json(),
             "keymap": self.keymap.to_json(),
             "versions": dict(self.versions),
             "notes": list(self.notes),
@@ -87,13 +90,14 @@ class Report:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Report:
         """The report that `to_json` wrote, without what `undo` needs."""
+        from normsurgery.export.facts import OnnxFacts
         from normsurgery.fold.speed import Speed
         from normsurgery.surgery.keymap import KeyMap
         from normsurgery.verify import Evidence
 
         try:
             made = Plan.from_json(data["plan"])
-            evidence, speed = data["evidence"], data.get("speed")
+            evidence, speed, onnx = data["evidence"], data.get("speed"), data.get("onnx")
             return cls(
                 verb=data["verb"],
                 plan=made,
@@ -102,6 +106,7 @@ class Report:
                 versions=dict(data["versions"]),
                 notes=tuple(data["notes"]),
                 speed=None if speed is None else Speed.from_json(speed),
+                onnx=None if onnx is None else OnnxFacts.from_json(onnx),
             )
         except (KeyError, TypeError) as error:
             raise UsageError(

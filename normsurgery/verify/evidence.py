@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from normsurgery.htmltable import html_table
 from normsurgery.verify.judge import Verdict
+from normsurgery.verify.stages import Blame, Coverage, InnerValue, Stage
 
 Mode = Literal["eval", "train"]
 
@@ -82,6 +83,8 @@ class Evidence:
     promise: name of the Fidelity that was measured, or "" for a plain `verify`.
     inputs: the `--input` text or a description that repeats the example; `seed` repeats the rest.
     required: runners that must have run.
+    stages, inner, coverage, blamed: of an ONNX file; a stage or an inner value that failed is a
+        failure as an output is.
     """
 
     seed: int
@@ -92,6 +95,10 @@ class Evidence:
     inputs: str = ""
     required: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    stages: tuple[Stage, ...] = ()
+    inner: tuple[InnerValue, ...] = ()
+    coverage: Coverage | None = None
+    blamed: Blame | None = None
 
     @property
     def failures(self) -> tuple[str, ...]:
@@ -119,6 +126,8 @@ class Evidence:
         for comparison in self.comparisons:
             if comparison.verdict.passed is False:
                 yield str(comparison)
+        yield from (f"stage {s}" for s in self.stages if s.verdict.passed is False)
+        yield from (f"value {v}" for v in self.inner if v.verdict.passed is False)
         for runner in self.required:
             if not any(c.runner == runner for c in self.comparisons):
                 yield f"runner {runner} was required and did not run"
@@ -177,7 +186,7 @@ class Evidence:
     def from_json(cls, data: Mapping[str, Any]) -> Evidence:
         return cls(
             seed=data["seed"],
-            comparisons=tuple(_comparison(item) for item in data["comparisons"]),
+            comparisons=tuple(Comparison(**_judged(item)) for item in data["comparisons"]),
             left_out=tuple(LeftOut(**item) for item in data["left_out"]),
             drifts=tuple(
                 Drift(**{**item, "relative": float(item["relative"])}) for item in data["drifts"]
@@ -186,6 +195,10 @@ class Evidence:
             inputs=data["inputs"],
             required=tuple(data["required"]),
             notes=tuple(data["notes"]),
+            stages=tuple(Stage(**_judged(item)) for item in data.get("stages", ())),
+            inner=tuple(InnerValue(**_judged(item)) for item in data.get("inner", ())),
+            coverage=Coverage(**data["coverage"]) if data.get("coverage") else None,
+            blamed=_blame(data["blamed"]) if data.get("blamed") else None,
         )
 
     def __str__(self) -> str:
@@ -199,6 +212,11 @@ class Evidence:
         if self.passed and self.worst is not None:
             yield f"  worst: {self.worst}"
         yield from (f"  {failure}" for failure in self.failures)
+        yield from (f"  stage {stage}" for stage in self.stages)
+        if self.coverage is not None:
+            yield f"  {self.coverage}"
+        if self.blamed is not None:
+            yield f"  {self.blamed}"
         if self.passed and self.undecided:
             yield f"  undecided on every input: {', '.join(self.undecided)}"
         for left in self.left_out:
@@ -263,23 +281,34 @@ _FLOATS = (
     "factor",
     "worst_candidate",
     "worst_reference",
+    "median_error",
+    "p99_error",
+    "row_ulps",
+    "snr_db",
+    "cosine",
 )
 
 
-def _comparison(data: Mapping[str, Any]) -> Comparison:
+def _judged(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of something with a verdict, read from JSON."""
     verdict = dict(data["verdict"])
     for name in _FLOATS:
-        verdict[name] = float(verdict[name])
+        verdict[name] = float(verdict.get(name, "nan"))
     if verdict["native_error"] is not None:
         verdict["native_error"] = float(verdict["native_error"])
     if verdict["worst"] is not None:
         verdict["worst"] = tuple(verdict["worst"])
-    return Comparison(**{**data, "verdict": Verdict(**verdict)})
+    return {**data, "verdict": Verdict(**verdict)}
+
+
+def _blame(data: Mapping[str, Any]) -> Blame:
+    read = _judged(data)
+    return Blame(**{**read, "inherited": float(read["inherited"])})
 
 
 def _plain(value: Any) -> Any:
     """Dataclasses to dicts, tuples to lists, floats that JSON has no word for to strings."""
-    if isinstance(value, (Comparison, LeftOut, Drift)):
+    if isinstance(value, (Comparison, LeftOut, Drift, Stage, InnerValue, Coverage, Blame)):
         return _plain(asdict(value))
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}

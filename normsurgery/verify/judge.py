@@ -34,6 +34,9 @@ class Verdict:
         one side only; `worst_candidate` and `worst_reference` are the two values there.
     nonfinite: how many positions differ, by set: "nan", "+inf", "-inf".
     same_bits: the candidate is bitwise what native torch computed.
+    median_error, p99_error: quantiles of |candidate - reference| where both are finite.
+    row_ulps: the largest error in ulp of the largest |reference| of its own row (last dimension).
+    snr_db: 10 log10 of sum(reference^2) / sum(error^2), in dB. cosine: of the two as vectors.
     """
 
     passed: bool | None
@@ -50,6 +53,11 @@ class Verdict:
     worst_reference: float = math.nan
     nonfinite: Mapping[str, int] | None = None
     same_bits: bool = False
+    median_error: float = math.nan
+    p99_error: float = math.nan
+    row_ulps: float = math.nan
+    snr_db: float = math.nan
+    cosine: float = math.nan
 
     @property
     def word(self) -> str:
@@ -247,6 +255,7 @@ def _judge_floating(
         "worst_reference": float(reference[worst]),
         "nonfinite": sets,
         "same_bits": bits,
+        **_metrics(candidate, reference, difference, dtype),
     }
     if dtype is not torch.float64 and _is_poor(native_error or 0.0, unit):
         reason = f"native torch itself is {(native_error or 0.0) / unit:.3g} ulp off"
@@ -258,6 +267,37 @@ def _judge_floating(
         reason = f"one rounding of the input moves the truth by {spared / unit:.3g} ulp"
         return Verdict(None, f"ill-conditioned: {reason}", **facts)
     return Verdict(error <= allowed, "", **facts)
+
+
+def _metrics(
+    candidate: Tensor, reference: Tensor, difference: Tensor, dtype: torch.dtype
+) -> dict[str, float]:
+    """Quantiles, error by row, SNR and cosine, over what is finite in both."""
+    finite = reference.isfinite() & candidate.isfinite()
+    errors, _ = difference[finite].flatten().sort()
+    if errors.numel() == 0:
+        return {}
+    truth, found = reference[finite].double(), candidate[finite].double()
+    noise, signal = float(errors.square().sum()), float(truth.square().sum())
+    lengths = math.sqrt(signal) * float(found.norm())
+    return {
+        "median_error": float(errors[errors.numel() // 2]),
+        "p99_error": float(errors[math.ceil(0.99 * errors.numel()) - 1]),
+        "row_ulps": _row_ulps(reference, difference, dtype),
+        "snr_db": math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal else 0.0,
+        "cosine": float(truth @ found) / lengths if lengths else math.nan,
+    }
+
+
+def _row_ulps(reference: Tensor, difference: Tensor, dtype: torch.dtype) -> float:
+    if reference.dim() == 0:
+        reference, difference = reference[None], difference[None]
+    rows = torch.where(reference.isfinite(), reference.abs(), 0.0).amax(-1).double()
+    info = torch.finfo(dtype)
+    units = torch.ldexp(torch.full_like(rows, info.eps), torch.frexp(rows).exponent - 1)
+    smallest = info.smallest_normal * info.eps
+    units = torch.where(rows < info.smallest_normal, smallest, units)
+    return float((difference.amax(-1) / units).max())
 
 
 def _allowed(

@@ -1,0 +1,1 @@
+"""From a torch model to an ONNX file that is proven to compute the same."""
