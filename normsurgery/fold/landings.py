@@ -326,8 +326,14 @@ def _require_even_shift(ground: Ground, found: Layer) -> None:
     raise Refused(
         Check.ZERO_PADDING,
         f"{where} pads its input with zeros, which the norm does not shift",
-        "" if ground.choices.explicit_pad else "Use pad='explicit' to write the padding out.",
+        "Use pad='explicit' to write the padding out." if _could_pad(ground, found) else "",
     )
+
+
+def _could_pad(ground: Ground, found: Layer) -> bool:
+    """Whether an explicit padding is there to be asked for: it would be seen by every reader."""
+    readers = ground.flow.readers(found.input)
+    return not ground.choices.explicit_pad and all(n.name == CONVOLUTION for n in readers)
 
 
 def _is_pointwise(found: Layer) -> bool:
