@@ -52,7 +52,7 @@ EVERYWHERE: dict[Motif, int] = {
     norm: 8,
     weigh_and_norm: 14,
     norm_and_weigh: 12,
-    through: 20,
+    through: 30,
     activation: 10,
     dropout: 5,
     shuffle: 4,
@@ -68,9 +68,9 @@ EVERYWHERE: dict[Motif, int] = {
     hooked: 3,
     weight_read: 3,
 }
-OF_MAPS: dict[Motif, int] = {pool: 14, upsample: 4, flat_norm: 4, channels_last_norm: 13}
+OF_MAPS: dict[Motif, int] = {pool: 14, upsample: 4, flat_norm: 4, channels_last_norm: 20}
 OF_TOKENS: dict[Motif, int] = {attention: 10, gated: 8}
-ENDS: dict[Motif, int] = {to_vector: 5, ending: 16, to_tokens: 4}
+ENDS: dict[Motif, int] = {to_vector: 6, ending: 10, to_tokens: 4}
 
 
 def motif(g: Grower, v: Value) -> Value:
@@ -85,7 +85,7 @@ def motif(g: Grower, v: Value) -> Value:
 def start(g: Grower) -> tuple[Value, tuple[int, ...], bool]:
     """The input: its value, its shape without the batch, and whether it holds ids."""
     channels = g.rng.choice([2, 3, 4])
-    domain = g.rng.choice(["map"] * 7 + ["tokens"] * 4 + ["vector", "ids", "ids"])
+    domain = g.rng.choice(["map"] * 16 + ["tokens"] * 4 + ["vector", "ids", "ids"])
     if domain == "map":
         spatial = g.rng.choice([(8,), (7,), (6, 6), (5, 6), (7, 5), (4, 4, 4), (5, 4, 4)])
         return Value("x", "map", channels, spatial), (channels, *spatial), False

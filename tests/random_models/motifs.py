@@ -232,8 +232,8 @@ def norm_and_norm(g: Grower, v: Value) -> Value:
 
 def through(g: Grower, v: Value) -> Value:
     """A layer and a norm with something in between."""
-    moves = [activation, dropout, shuffle, select]
-    moves += [*[pool] * 7, *[upsample] * 5, shuffle] if v.domain == "map" else []
+    moves = [activation, *[dropout] * 3, *[shuffle] * 2, select]
+    moves += [*[pool] * 12, *[upsample] * 12, shuffle] if v.domain == "map" else []
     between = g.rng.choice(moves)
     if g.chance(0.5):
         return norm(g, between(g, weigh(g, v)))

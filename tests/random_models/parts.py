@@ -7,7 +7,7 @@ from random import Random
 from .program import Layer
 
 EPS = (1e-5, 1e-3, 0.1)
-PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+PADDING_MODES = ("zeros", "reflect", "replicate", "replicate", "circular")
 
 
 def convolution(

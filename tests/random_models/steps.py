@@ -160,7 +160,7 @@ def pool(g: Grower, v: Value) -> Value:
     if min(v.spatial) < 4:
         return activation(g, v)
     dims = len(v.spatial)
-    kind = g.rng.choice(["avg", "avg", "avg", "max", "adaptive", "adaptive"])
+    kind = g.rng.choice(["avg"] * 3 + ["adaptive"] * 4 + ["max"])
     settings: dict[str, Any] = {"dims": dims, "kind": kind}
     if kind == "adaptive":
         code = g.module(f"nn.AdaptiveAvgPool{dims}d(2)")
@@ -234,7 +234,7 @@ def to_vector(g: Grower, v: Value) -> Value:
         return linear(g, v)
     axes = tuple(range(2, 2 + len(v.spatial))) if v.domain == "map" else (1,)
     size = prod(v.spatial)
-    if v.domain == "map" and size * v.channels <= 80 and g.chance(0.6):
+    if v.domain == "map" and size * v.channels <= 40 and g.chance(0.95):
         code = g.rng.choice(["torch.flatten({0}, 1)", "{0}.flatten(1)"])
         code = g.module("nn.Flatten()") if g.chance(0.4) else code
         made = g.then(v, "flatten", code, start=1)
