@@ -59,6 +59,12 @@ class CannotTrace(NormsurgeryError):
     exit_code = 3
 
 
+class CannotRun(NormsurgeryError):
+    """A runtime has no kernel for an operator, or rejects the graph."""
+
+    exit_code = 3
+
+
 class CannotRewrite(NormsurgeryError):
     """The forward that holds a call or a formula cannot be rewritten; `reason` says why."""
 
