@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from normsurgery.verify.evidence import Comparison, LeftOut, Mode
 from normsurgery.verify.hard_inputs import Case
 from normsurgery.verify.judge import Verdict, coarsest, judge, same_bits, unchanged
-from normsurgery.verify.runners import Recording, Run, run_float64, run_native
+from normsurgery.verify.runners import (
+    FLOAT32_ROUNDING,
+    Recording,
+    Run,
+    run_float64,
+    run_native,
+)
 
 Results = list[Comparison | LeftOut]
 
@@ -71,7 +77,7 @@ class Truth:
                 self.mode,
                 seed=self.seed,
                 recording=self.recording,
-                rounded=rounded,
+                rounding=FLOAT32_ROUNDING if rounded else 0.0,
             )
         except Exception as error:  # any operation may lack float64
             return f"no float64 reference: {one_line(error)}"

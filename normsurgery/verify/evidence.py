@@ -163,14 +163,18 @@ class Evidence:
             yield "no gradient was decided on any input"
         for place in self.undecided:
             if place not in gradients:
-                yield f"{place} was undecided on every input"
+                yield f"{place} was undecided on every input{self._why_undecided(place)}"
+
+    def _why_undecided(self, place: str) -> str:
+        reasons = (c.verdict.reason for c in self.comparisons if _place(c) == place)
+        reason = next((reason for reason in reasons if reason), "")
+        return f": {reason}" if reason else ""
 
     def _decided(self, prefix: str = "") -> dict[str, bool]:
         decided: dict[str, bool] = {}
         for c in self.comparisons:
             if c.quantity.startswith(prefix):
-                where = f"{c.where}: " if c.where else ""
-                place = f"{where}{c.quantity} ({c.mode}, {c.runner})"
+                place = _place(c)
                 empty = c.verdict.compared == 0  # its shape was compared, and that is all there is
                 known = c.verdict.passed is not None or c.verdict.holds or empty
                 decided[place] = decided.get(place, False) or known
@@ -258,6 +262,11 @@ class Evidence:
         return head + html_table(titles, map(_cells, self.comparisons))
 
 
+def _place(comparison: Comparison) -> str:
+    where = f"{comparison.where}: " if comparison.where else ""
+    return f"{where}{comparison.quantity} ({comparison.mode}, {comparison.runner})"
+
+
 def _cells(comparison: Comparison) -> tuple[str, ...]:
     verdict = comparison.verdict
     return (
@@ -298,7 +307,10 @@ def _judged(data: Mapping[str, Any]) -> dict[str, Any]:
         verdict["native_error"] = float(verdict["native_error"])
     if verdict["worst"] is not None:
         verdict["worst"] = tuple(verdict["worst"])
-    return {**data, "verdict": Verdict(**verdict)}
+    judged = {**data, "verdict": Verdict(**verdict)}
+    if "total_ulps" in judged:
+        judged["total_ulps"] = float(judged["total_ulps"])
+    return judged
 
 
 def _blame(data: Mapping[str, Any]) -> Blame:

@@ -8,7 +8,7 @@ upcast on squares that overflow, and statistics over the wrong axis on another b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,9 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from normsurgery.inputs import Inputs
 from normsurgery.treecopy import tree_copy
+from normsurgery.verify.axes import BATCH_SIZES, Axis, resized, sizes_to_try
 from normsurgery.verify.runners import fresh, same_randomness, set_mode
 
-BATCH_SIZES = (1, 2, 7)
 LARGE_MEANS = (30.0, 1e3, 1e4)
 TINY_DEVIATION = 3e-3
 
@@ -44,19 +44,91 @@ def hard_inputs(
     varies where all tensors agree on their first dimension, unless `vary_batch` forbids it.
     """
     rows = embedding_rows(model, inputs) if model is not None else {}
-    cases = [Case("example", inputs), *_same_shape(inputs, rows, seed)]
+    cases = [Case("example", inputs), *_same_shape(inputs, rows, seed, _FLOATING)]
     return (*cases, *(_other_batches(inputs, rows, seed) if vary_batch else ()))
 
 
-def _same_shape(inputs: Inputs, rows: dict[int, int], seed: int) -> Iterator[Case]:
+def inputs_of_a_graph(
+    inputs: Inputs,
+    axes: Sequence[Axis],
+    *,
+    rows: Mapping[int, int] | None = None,
+    padding: int | None = None,
+    seed: int = 0,
+) -> tuple[Case, ...]:
+    """`hard_inputs` for a model that was exported: only its dynamic axes vary, each over 1, 2, 7
+    (a batch) or 1, 2 and an odd size (another axis) and the bounds it declares.
+
+    Adds values and squares that overflow a type below the one at hand, 1e-20, a single NaN and a
+    single Inf, token ids that end in padding, and masks that hide the second half.
+
+    Args:
+        rows: position of an integer input among the leaves -> rows of the embedding it indexes.
+        padding: the id that pads, where the model has one.
+    """
+    rows = dict(rows or {})
+    floating = (*_FLOATING, *_MORE_FLOATING)
+    cases = [Case("example", inputs), *_same_shape(inputs, rows, seed, floating)]
+    cases += _padded(inputs, rows, padding, seed)
+    for index, axis in enumerate(axes):
+        for size in sizes_to_try(axis):
+            other = resized(inputs, axis, size)
+            if other is not None:
+                new = _with_ids(_with_floats(other, _random, seed + index), rows, "random", seed)
+                cases.append(Case(f"{'batch' if axis.is_batch else axis.name} {size}", new))
+    return tuple(cases)
+
+
+def _same_shape(
+    inputs: Inputs, rows: dict[int, int], seed: int, floating: Sequence[tuple[str, Make]]
+) -> Iterator[Case]:
     tensors = _tensors(inputs)
     if any(t.is_floating_point() for t in tensors):
-        for index, (label, make) in enumerate(_FLOATING):
-            yield Case(label, _with_floats(inputs, make, seed + index))
+        for index, (label, make) in enumerate(floating):
+            new = _with_floats(inputs, make, seed + index)
+            if floating is _FLOATING or _is_as_meant(label, new):
+                yield Case(label, new)
     if any(_is_index(t) for t in tensors):
         yield Case("random ids", _with_ids(inputs, rows, "random", seed))
         yield Case("first ids", _with_ids(inputs, rows, "first", seed))
         yield Case("last ids", _with_ids(inputs, rows, "last", seed))
+
+
+def _is_as_meant(label: str, inputs: Inputs) -> bool:
+    """False where the type cannot hold such values: 1e19 in fp16 is infinite, 1e-20 is zero. And
+    nothing that overflows in float64, which has no wider truth."""
+    floats = [t for t in _tensors(inputs) if t.is_floating_point() and t.dim() and t.numel()]
+    if label == "squares overflow" and any(t.dtype is torch.float64 for t in floats):
+        return False
+    if label in ("one NaN", "one Inf", "zeros"):
+        return bool(floats)
+    return all(bool(t.isfinite().all() & t.any()) for t in floats)
+
+
+def _padded(inputs: Inputs, rows: dict[int, int], padding: int | None, seed: int) -> Iterator[Case]:
+    """Sequences whose second half is padding, and masks that hide it."""
+    leaves, structure = tree_flatten((inputs.args, dict(inputs.kwargs)))
+    hidden = list(leaves)
+    random_ids = tree_flatten(_arguments(_with_ids(inputs, rows, "random", seed)))[0]
+    for position, leaf in enumerate(leaves):
+        if not isinstance(leaf, Tensor) or leaf.dim() < 2 or leaf.shape[-1] < 2:
+            continue
+        if _is_index(leaf) and padding is not None:
+            hidden[position] = _ending_in(random_ids[position], padding)
+        elif _is_full_mask(leaf):
+            hidden[position] = _ending_in(leaf, 0)
+    if any(new is not old for new, old in zip(hidden, leaves, strict=True)):
+        yield Case("padding", Inputs(*tree_unflatten(hidden, structure)))
+
+
+def _ending_in(tensor: Tensor, value: int) -> Tensor:
+    new = tensor.clone()
+    new[..., (tensor.shape[-1] + 1) // 2 :] = value
+    return new
+
+
+def _is_full_mask(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() and not tensor.is_complex() and bool((tensor == 1).all())
 
 
 def _other_batches(inputs: Inputs, rows: dict[int, int], seed: int) -> Iterator[Case]:
@@ -154,10 +226,17 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generato
 
 def _outlier(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """One channel (axis 1 of a map, the last axis of tokens) a thousand times the others."""
+    return _with_outlier(shape, generator, 1e3)
+
+
+def _far_outlier(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    return _with_outlier(shape, generator, 1e4)
+
+
+def _with_outlier(shape: tuple[int, ...], generator: torch.Generator, factor: float) -> Tensor:
     values = _normal(shape, generator)
-    if values.dim() < 2:
-        return values
-    values.select(1 if values.dim() > 3 else -1, 0).mul_(1e3)
+    if values.dim() > 1:
+        values.select(1 if values.dim() > 3 else -1, 0).mul_(factor)
     return values
 
 
@@ -170,6 +249,30 @@ def _subnormal(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Gene
     return _normal(shape, generator) * (torch.finfo(dtype).smallest_normal / 16)
 
 
+def _sized(least: float, most: float) -> Make:
+    """Both signs, magnitudes spread evenly in their logarithm."""
+
+    def make(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+        signs = _normal(shape, generator).sign()
+        share = torch.rand(shape, generator=generator, dtype=torch.float64)
+        return signs * least * torch.pow(most / least, share)
+
+    return make
+
+
+def _one(value: float) -> Make:
+    """Normal values, and one that is `value` (in the first sample)."""
+
+    def make(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+        values = _normal(shape, generator)
+        if values.numel():
+            sample = values[0] if values.dim() else values
+            sample.flatten()[sample.numel() // 2] = value
+        return values
+
+    return make
+
+
 _FLOATING: tuple[tuple[str, Make], ...] = (
     ("random", _random),
     *((f"mean {mean:g}", _mean(mean)) for mean in LARGE_MEANS),
@@ -180,6 +283,15 @@ _FLOATING: tuple[tuple[str, Make], ...] = (
     ("outlier channel", _outlier),
     ("squares overflow", _overflowing),
     ("subnormal", _subnormal),
+)
+# On a graph also. What overflows or vanishes in a lower type shows a cast that should not be there.
+_MORE_FLOATING: tuple[tuple[str, Make], ...] = (
+    ("outlier channel 10000", _far_outlier),
+    ("300 to 60000", _sized(300.0, 6e4)),
+    ("1e19", _sized(1e19, 1e19)),
+    ("1e-20", _sized(1e-20, 1e-20)),
+    ("one NaN", _one(math.nan)),
+    ("one Inf", _one(math.inf)),
 )
 
 
@@ -222,6 +334,10 @@ def _with_batch(inputs: Inputs, rows: dict[int, int], size: int, seed: int) -> I
 
     resized = _with_floats(_mapped(inputs, resize), _random, seed)
     return _with_ids(resized, rows, "random", seed)
+
+
+def _arguments(inputs: Inputs) -> tuple[Any, ...]:
+    return inputs.args, dict(inputs.kwargs)
 
 
 def _mapped(inputs: Inputs, change: Callable[[Any], Any]) -> Inputs:

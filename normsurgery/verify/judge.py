@@ -87,6 +87,7 @@ def judge(
     native: Tensor | None = None,
     rounded: Tensor | None = None,
     precision: torch.dtype | None = None,
+    shaken: Tensor | None = None,
 ) -> Verdict:
     """Is `candidate` as close to the float64 `reference` as `native` torch is?
 
@@ -100,13 +101,19 @@ def judge(
             it by luck: the mean of a constant row may come out exact in one order of summation.
         precision: the type the model computes in, if that is coarser than what the result was cast
             to: a bf16 language model may well return float32 logits. An ulp is counted in it.
+        shaken: the reference again, every step of it moved by rounding (`shaking`): what a correct
+            computation in that type may be off. Where native torch is far off only because of that
+            (its error is within what shaken allows), the input is ill-conditioned and native is
+            not poor: it is decided, with shaken in place of rounded.
 
     Passes iff the sets of NaN, +Inf and -Inf are the same and
     `max|candidate - reference| <= 4 max|native - reference| + 8 ulp(max|reference|)`, with rounded
-    in place of native where it is farther off. UNDECIDED where the error of native (or of rounded,
-    while the candidate is finite where the reference is) is not finite or above 100 ulp. A float64
-    candidate passes at 1e-10 of max|reference|. Integers and booleans must equal the reference's or
-    the native value at each position. A different shape or dtype fails; shapes are never broadcast.
+    (or shaken) in place of native where it is farther off. UNDECIDED where the error of native (or
+    of rounded, while the candidate is finite where the reference is) is not finite or above 100 ulp
+    and shaken does not explain it, or where what shaken allows is as large as the reference itself.
+    A float64 candidate passes at 1e-10 of max|reference|. Integers and booleans must equal the
+    reference's or the native value at each position. A different shape or dtype fails; shapes are
+    never broadcast.
     """
     fault = _structural_fault(candidate, reference, native)
     if fault:
@@ -118,8 +125,9 @@ def judge(
     if not candidate.is_floating_point():
         return _judge_exact(candidate, reference, native)
     rounded = None if rounded is None else _plain(rounded)
+    shaken = None if shaken is None else _plain(shaken)
     dtype = coarsest([candidate.dtype, *([] if precision is None else [precision])])
-    return _judge_floating(candidate, reference, native, rounded, dtype)
+    return _judge_floating(candidate, reference, native, rounded, dtype, shaken)
 
 
 def unchanged(candidate: Tensor, native: Tensor) -> Verdict | None:
@@ -225,6 +233,7 @@ def _judge_floating(
     native: Tensor | None,
     rounded: Tensor | None,
     dtype: torch.dtype,
+    shaken: Tensor | None,
 ) -> Verdict:
     bits = native is not None and same_bits(candidate, native)
     finite = reference.isfinite()
@@ -232,6 +241,10 @@ def _judge_floating(
     unit = ulp(scale, dtype)
     native_error = None if native is None else _error(native, reference)
     spared = 0.0 if rounded is None else _error(rounded, reference)
+    spread = math.inf if shaken is None else _error(shaken, reference)
+    explained = _explains(spread, native_error or 0.0, unit)
+    if explained:
+        spared = max(spared, spread)
     allowed = _allowed(dtype, scale, unit, native_error or 0.0, spared)
     sets = _nonfinite_sets(candidate, reference)
     differing = _first_set_difference(candidate, reference) if any(sets.values()) else None
@@ -257,13 +270,15 @@ def _judge_floating(
         "same_bits": bits,
         **_metrics(candidate, reference, difference, dtype),
     }
-    if dtype is not torch.float64 and _is_poor(native_error or 0.0, unit):
+    if dtype is not torch.float64 and not explained and _is_poor(native_error or 0.0, unit):
         reason = f"native torch itself is {(native_error or 0.0) / unit:.3g} ulp off"
         return Verdict(None, f"reference poor, device risk: {reason}", **facts)
     if differing is not None:
         counts = ", ".join(f"{count} {name}" for name, count in sets.items() if count)
         return Verdict(False, f"not finite on one side only: {counts}", **facts)
-    if dtype is not torch.float64 and _is_poor(spared, unit):
+    if explained and allowed >= scale > 0 and error <= allowed:
+        return Verdict(None, "ill-conditioned: rounding alone moves the truth by its size", **facts)
+    if dtype is not torch.float64 and not explained and _is_poor(spared, unit):
         reason = f"one rounding of the input moves the truth by {spared / unit:.3g} ulp"
         return Verdict(None, f"ill-conditioned: {reason}", **facts)
     return Verdict(error <= allowed, "", **facts)
@@ -284,9 +299,14 @@ def _metrics(
         "median_error": float(errors[errors.numel() // 2]),
         "p99_error": float(errors[math.ceil(0.99 * errors.numel()) - 1]),
         "row_ulps": _row_ulps(reference, difference, dtype),
-        "snr_db": math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal else 0.0,
+        "snr_db": math.inf if noise == 0 else _decibels(signal, noise) if signal else 0.0,
         "cosine": float(truth @ found) / lengths if lengths else math.nan,
     }
+
+
+def _decibels(signal: float, noise: float) -> float:
+    """The quotient of the two may be too small for a float."""
+    return 10 * (math.log10(signal) - math.log10(noise))
 
 
 def _row_ulps(reference: Tensor, difference: Tensor, dtype: torch.dtype) -> float:
@@ -308,6 +328,11 @@ def _allowed(
         # A float64 model may have float32 casts written into it: then native torch has them too.
         return max(FLOAT64_RELATIVE * scale, NATIVE_FACTOR * native_error + rounding)
     return NATIVE_FACTOR * max(native_error, spared) + rounding
+
+
+def _explains(spread: float, native_error: float, unit: float) -> bool:
+    """Whether rounding alone is enough for the error of native torch."""
+    return math.isfinite(spread) and native_error <= NATIVE_FACTOR * spread + FREE_ULPS * unit
 
 
 def _is_poor(error: float, unit: float) -> bool:

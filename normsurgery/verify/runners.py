@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,9 +22,11 @@ from normsurgery.inputs import Inputs, flatten_outputs
 from normsurgery.precision import float64_copy, lifted
 from normsurgery.treecopy import tree_copy
 from normsurgery.verify.evidence import Mode
+from normsurgery.verify.shaking import moved, shaken
 
-RUNNERS = ("cpu", "cuda")
+RUNNERS = ("cpu", "cuda", "tensorrt")
 Recording = Literal["plain", "grad", "backward"]
+Flatten = Callable[[Any], Mapping[str, Tensor]]
 FLOAT32_ROUNDING = torch.finfo(torch.float32).eps / 2
 
 
@@ -46,11 +48,13 @@ class Run:
 
 
 def missing_runner(runner: str) -> str:
-    """Why this machine cannot run it, or "". Raises UnknownName."""
+    """Why this machine cannot run a torch model there, or "". Raises UnknownName."""
     if runner not in RUNNERS:
         raise UnknownName("runner", runner, RUNNERS)
     if runner == "cuda" and not torch.cuda.is_available():
         return "this machine has no CUDA device that torch can use"
+    if runner == "tensorrt":
+        return "TensorRT runs ONNX models; a torch model runs on cpu and cuda"
     return ""
 
 
@@ -62,14 +66,17 @@ def run_native(
     seed: int,
     device: str = "cpu",
     recording: Recording = "plain",
+    flatten: Flatten = flatten_outputs,
 ) -> Run:
     """One run of a clone of `model`, in its own dtype, on `device`.
 
     recording: "plain" is under no_grad with no mode and no hook active; "grad" builds the autograd
         graph; "backward" runs backward as well.
+    flatten: what the model returns -> tensors by name.
     """
     clone = tree_copy(model, clone=True).to(device)
-    return _run(clone, fresh(inputs, device), mode, seed, recording)
+    with full_precision():
+        return _run(clone, fresh(inputs, device), mode, seed, recording, flatten)
 
 
 def run_float64(
@@ -79,32 +86,31 @@ def run_float64(
     *,
     seed: int,
     recording: Recording = "plain",
-    rounded: bool = False,
+    rounding: float = 0.0,
+    shaking: bool = False,
+    flatten: Flatten = flatten_outputs,
 ) -> Run:
     """The truth: `model` with exactly its rounded weights, computed in float64 throughout.
 
-    rounded: move every floating input, parameter and buffer by one rounding of float32, up or down
-        at random, which shows how well conditioned the truth is.
+    rounding: move every floating input, parameter and buffer by so much, relatively, up or down at
+        random (FLOAT32_ROUNDING: one rounding of float32), which shows how well conditioned the
+        truth is.
+    shaking: move what every operation gives by so much too, as any computation in that type does.
 
     Raises NotFloat64 where an operation insists on a lower type, and whatever the model raises.
     """
     clone = float64_copy(model).cpu()
     use_plain_experts(clone)
     given = _mapped_floats(fresh(inputs, "cpu"), Tensor.double)
-    if rounded:
+    if rounding:
         generator = torch.Generator().manual_seed(seed)
-        given = _mapped_floats(given, lambda tensor: _rounded(tensor, generator))
+        given = _mapped_floats(given, lambda tensor: moved(tensor, rounding, generator))
         with torch.no_grad():
             for tensor in (*clone.parameters(), *clone.buffers()):
                 if tensor.is_floating_point():
-                    tensor.copy_(_rounded(tensor, generator))
-    with lifted():
-        return _run(clone, given, mode, seed, recording)
-
-
-def _rounded(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    signs = torch.randint(0, 2, tensor.shape, generator=generator) * 2 - 1
-    return tensor * (1 + signs * FLOAT32_ROUNDING)
+                    tensor.copy_(moved(tensor, rounding, generator))
+    with lifted(), shaken(rounding, seed) if shaking else nullcontext():
+        return _run(clone, given, mode, seed, recording, flatten)
 
 
 def fresh(inputs: Inputs, device: str | torch.device | None = None) -> Inputs:
@@ -134,6 +140,18 @@ def set_mode(model: nn.Module, mode: Mode) -> None:
 
 
 @contextmanager
+def full_precision() -> Iterator[None]:
+    """Inside, CUDA multiplies float32 as float32: by default convolutions round to 11 bits first
+    (TF32), which is another precision than the one that is compared."""
+    kept = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = kept
+
+
+@contextmanager
 def same_randomness(seed: int) -> Iterator[None]:
     """torch, numpy and random all start from `seed`, and are put back afterwards."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
@@ -148,12 +166,19 @@ def same_randomness(seed: int) -> Iterator[None]:
         np.random.set_state(numpy_state)
 
 
-def _run(model: nn.Module, inputs: Inputs, mode: Mode, seed: int, recording: Recording) -> Run:
+def _run(
+    model: nn.Module,
+    inputs: Inputs,
+    mode: Mode,
+    seed: int,
+    recording: Recording,
+    flatten: Flatten = flatten_outputs,
+) -> Run:
     set_mode(model, mode)
     leaves: list[Tensor] = []
     with same_randomness(seed), torch.set_grad_enabled(recording != "plain"):
         given = _with_gradients(inputs, leaves) if recording == "backward" else inputs
-        outputs = flatten_outputs(given.call(model))
+        outputs = flatten(given.call(model))
         found = {}
         if recording == "backward":
             found = _gradients(model, leaves, list(outputs.values()), seed)

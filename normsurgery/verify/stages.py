@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -13,9 +14,10 @@ from normsurgery.verify.judge import Verdict
 class Stage:
     """One form of the model on its way: judged by its outputs, with the norm operators it has.
 
-    name: "exported program", "raw graph", "optimised graph", "onnxruntime basic" (extended, all),
-        each of the last for the runner it names.
-    runner: "cpu", "cuda" or "tensorrt".
+    name: "exported program", "graph in float64" (what the graph says, without any kernel), "raw
+        graph", "optimised graph", "onnxruntime off" (basic, extended, all), each of the last for
+        the runner it names.
+    runner: "float64", "cpu", "cuda" or "tensorrt".
     operators: norm operators, name -> count; a fusion that did not happen is seen here.
     verdict: of the output that would need the largest tolerance, over the inputs of the stage.
     """
@@ -38,7 +40,10 @@ class InnerValue:
     value, node, operator: names in the ONNX file. module: path in the source model ("" unknown).
     source: "file.py:123 in forward: code". against: "source" where the source model has that value
         too, "graph" where the truth is the graph's own float64 run.
-    verdict: of the runner's value against the float64 truth.
+    verdict: of the local error: the runner's value against the float64 value of this node for what
+        the runner itself fed to it.
+    total_ulps: distance of the runner's value from the float64 run of the whole graph (local error
+        and all that came before), in ulp of the largest value.
     """
 
     value: str
@@ -48,6 +53,7 @@ class InnerValue:
     source: str
     against: Literal["source", "graph"]
     verdict: Verdict
+    total_ulps: float = math.nan
 
     def __str__(self) -> str:
         place = f" of {self.module}" if self.module else ""
