@@ -160,7 +160,8 @@ class Example:
 
 @dataclass(frozen=True)
 class OnnxForm:
-    """Operators (in graph order, optimised) the norm's first example becomes, by lowest opset."""
+    """Operators (in graph order, as `export` writes them in float32, the batch dynamic where there
+    is one) that the norm's first example becomes, by lowest opset."""
 
     operators: Mapping[int, tuple[str, ...]]
 

@@ -37,6 +37,9 @@ TABLE: dict[str, Row] = {
     ),
     "dyt": Row("dyt", "norm", "tanh of a learned scale, no statistics"),
     "evonorm-s0": Row("evonorm_s0", "norm", "norm and activation in one, per group of channels"),
+    "localresponsenorm": Row(
+        "localresponsenorm", "norm", "divides by the energy of neighbouring channels"
+    ),
 }
 
 SHORT_FORMS = {
@@ -53,4 +56,5 @@ SHORT_FORMS = {
     "ws": "weightstandardization",
     "dynamictanh": "dyt",
     "evonorms0": "evonorm-s0",
+    "lrn": "localresponsenorm",
 }

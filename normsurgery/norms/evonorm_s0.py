@@ -21,8 +21,8 @@ Inference
     The same as in training. It is not affine in `x`, so nothing folds into it.
 
 ONNX
-    A composite of 17 operators: Sigmoid for the gate, two ReduceMean, Sqrt and Reciprocal for the
-    group deviation, Reshape between channels and groups.
+    A composite of 23 operators: Sigmoid for the gate, two ReduceMean, Sqrt and Reciprocal for the
+    group deviation, Reshape between channels and groups, and six for the size of the batch.
 
 Example
     >>> import torch
@@ -216,8 +216,9 @@ def examples() -> tuple[Example, ...]:
 
 
 OPERATORS = (
-    *("Mul", "Sigmoid", "Mul", "Reshape"),  # the gated input, in groups
-    *("ReduceMean", "Sub", "Mul", "ReduceMean", "Reshape", "Reshape"),  # the variance
+    *("Shape", "Mul", "Sigmoid", "Mul", "Reshape"),  # the gated input, in groups
+    *("ReduceMean", "Sub", "Mul", "ReduceMean"),  # the variance
+    *("Shape", "Reshape", "Concat", "Reshape", "Concat", "Expand", "Reshape"),  # sizes and shapes
     *("Add", "Sqrt", "Reciprocal", "Mul", "Reshape"),
     *("Mul", "Add"),
 )

@@ -20,7 +20,8 @@ Inference
     scale = weight / sqrt(running_var + eps), shift = bias - running_mean * scale.
 
 ONNX
-    One InstanceNormalization (without running statistics).
+    One InstanceNormalization; with running statistics one BatchNormalization. In bfloat16 and
+    float64, for which onnxruntime has no kernel, its centred formula.
 
 Example
     >>> import torch

@@ -3,7 +3,7 @@
 What it computes
     y = x / max(|x|, eps), as `torch.nn.functional.normalize` does, with |x| along one dimension.
     Written by hand eps may also be added to the length (`eps_outside`) or to the sum of squares;
-    without eps these are one function.
+    without eps these are one function. With `p` the length is another one: sum(|x|^p)^(1/p).
 
 Use it when
     Directions are compared (contrastive embeddings, cosine attention). It has nothing to train.
@@ -15,7 +15,8 @@ Inference
     It depends on the input in eval as in training, so it cannot become a scale and a shift.
 
 ONNX
-    ReduceL2, Clip, Expand, Div.
+    ReduceL2, Max, Expand, Div; Shape and Concat make the size to expand to where the batch is
+    dynamic. Not LpNormalization, which has no eps.
 
 Example
     >>> import torch
@@ -61,6 +62,8 @@ PLACES = (
 class L2Norm(nn.Module):
     """Divides by the Euclidean length along `dim`; any shape with that dimension, any real dtype.
 
+    p: of the length, sum(|x|^p)^(1/p); the sum of the absolute values for 1.
+
     eps_clamp: the length is at least eps. Otherwise eps_outside adds eps to the length, and with
     neither it is added to the sum of squares. `features` is the size along `dim` if it is known;
     then another size raises WrongShape.
@@ -74,9 +77,10 @@ class L2Norm(nn.Module):
         features: int | None = None,
         eps_clamp: bool = True,
         eps_outside: bool = False,
+        p: float = 2.0,
     ) -> None:
         super().__init__()
-        self.dim, self.eps, self.features = dim, eps, features
+        self.dim, self.eps, self.features, self.p = dim, eps, features, p
         self.eps_clamp, self.eps_outside = eps_clamp, eps_outside
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,28 +92,38 @@ class L2Norm(nn.Module):
                 "Permute the input, or set dim.",
             )
         if self.eps_clamp:
-            return F.normalize(x, dim=self.dim, eps=self.eps)
+            return F.normalize(x, p=self.p, dim=self.dim, eps=self.eps)
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         if self.eps_outside:  # torch's own norm has a gradient at zero
-            length: Tensor = torch.linalg.vector_norm(wide, dim=self.dim, keepdim=True) + self.eps
+            length: Tensor = torch.linalg.vector_norm(wide, self.p, self.dim, True) + self.eps
         else:
-            length = (wide.square().sum(self.dim, keepdim=True) + self.eps).sqrt()
+            length = _root(_powers(wide, self.p).sum(self.dim, keepdim=True) + self.eps, self.p)
         return torch.div(wide, length).to(x.dtype)
 
     def extra_repr(self) -> str:
-        return f"dim={self.dim}, eps={self.eps}"
+        other = "" if self.p == 2 else f", p={self.p:g}"
+        return f"dim={self.dim}, eps={self.eps}{other}"
+
+
+def _powers(x: Tensor, p: float) -> Tensor:
+    return x.square() if p == 2 else x.abs().pow(p)
+
+
+def _root(total: Tensor, p: float) -> Tensor:
+    return total.sqrt() if p == 2 else total.pow(1.0 / p)
 
 
 def formula(
     x: Tensor, tensors: Mapping[str, Tensor], settings: Mapping[str, Any], training: bool
 ) -> Tensor:
-    squares = x.square().sum(settings["dim"], keepdim=True)
+    p: float = settings.get("p", 2.0)
+    total = _powers(x, p).sum(settings["dim"], keepdim=True)
     eps: float = settings["eps"]
     if settings.get("eps_clamp", True):
-        return x / squares.sqrt().clamp_min(eps)
+        return x / _root(total, p).clamp_min(eps)
     if settings.get("eps_outside", False):
-        return x / (squares.sqrt() + eps)
-    return x / (squares + eps).sqrt()
+        return x / (_root(total, p) + eps)
+    return x / _root(total + eps, p)
 
 
 def read(module: nn.Module) -> Reading:
@@ -123,6 +137,8 @@ def read(module: nn.Module) -> Reading:
     }
     if module.features is not None:
         settings["features"] = module.features
+    if module.p != 2:
+        settings["p"] = module.p
     return Reading({}, settings)
 
 
@@ -154,6 +170,7 @@ def from_l2norm(source: Source, *, init: str = "copy") -> nn.Module:
         features=source.settings.get("features"),
         eps_clamp=source.settings.get("eps_clamp", True),
         eps_outside=source.settings.get("eps_outside", False),
+        p=source.settings.get("p", 2.0),
     )
     return settled(module, source, init)
 
@@ -197,7 +214,7 @@ NORM = NormSpec(
             Law.ROTATION_EQUIVARIANT,
         }
     ),
-    onnx=OnnxForm({18: ("ReduceL2", "Clip", "Expand", "Div")}),
+    onnx=OnnxForm({18: ("Shape", "ReduceL2", "Max", "Concat", "Expand", "Div")}),
     hypotheses=hypotheses,
     why_not_affine="its length is that of each position, in eval as in training",
 )

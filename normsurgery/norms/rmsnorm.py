@@ -20,7 +20,9 @@ Inference
     It depends on the input in eval as in training, so it cannot become a scale and a shift.
 
 ONNX
-    A chain of Pow, ReduceMean, Add, Sqrt, Reciprocal, Mul below opset 23, RMSNormalization there.
+    Pow, ReduceMean, Add, Sqrt, Div, Mul below opset 23 (the spelling that onnxruntime fuses),
+    RMSNormalization from there on. The operator multiplies by the weight after the cast, as Llama
+    does; what casts after the weight (torch, Gemma) is written in float32 between two casts.
 
 Example
     >>> import torch
@@ -301,7 +303,7 @@ def from_rmsnorm(
 
 def _near_zero(source: Source, options: Mapping[str, Any]) -> Fidelity:
     elsewhere = source.settings.get("eps_clamp", True) or source.settings.get("eps_outside")
-    same = source.eps == 0.0 or not elsewhere
+    same = (source.eps == 0.0 or not elsewhere) and source.settings.get("p", 2.0) == 2.0
     return Fidelity.IDENTICAL if same else Fidelity.RETRAIN
 
 
@@ -352,7 +354,7 @@ NORM = NormSpec(
     ),
     onnx=OnnxForm(
         {
-            18: ("Pow", "ReduceMean", "Add", "Sqrt", "Reciprocal", "Mul", "Mul"),
+            18: ("Pow", "ReduceMean", "Add", "Sqrt", "Div", "Mul"),
             23: ("RMSNormalization",),
         }
     ),

@@ -63,7 +63,6 @@ def norm_checks(spec: NormSpec) -> tuple[Check, ...]:
     checks += [(f"law {law.name.lower()}", invariances.law_check(law)) for law in Law]
     checks += [("compile", exports.check_compile), ("export", exports.check_export)]
     checks += [(f"onnx opset {opset}", exports.onnx_check(opset)) for opset in exports.OPSETS]
-    checks.append(("onnx dynamic batch", exports.check_onnx_dynamic_batch))
     return tuple(Check(spec.name, name, _bound(check, spec)) for name, check in checks)
 
 

@@ -151,13 +151,15 @@ def _verdict(trial: Trial, value: Tensor, name: str, native: Tensor | None) -> V
 def _with_conditioning(
     trial: Trial, value: Tensor, name: str, native: Tensor | None, verdict: Verdict
 ) -> Verdict:
-    """Judged again, what rounding alone moves the truth by being known."""
+    """Judged again, what rounding alone moves the truth by being known.
+
+    One rounding of inputs and weights first; where that does not tell, every step is moved.
+    """
     assert not isinstance(trial.truth, Exception)
     exact, precision = trial.truth[name], trial.precision
-    if native is None and value.dtype is torch.float64:  # no kernel has rounded anything
-        if isinstance(trial.moved, Exception):
-            return verdict
-        return judge(value, exact, None, trial.moved[name], precision)
-    if isinstance(trial.shaken, Exception):
+    if verdict.passed is False and not isinstance(trial.moved, Exception):
+        verdict = judge(value, exact, native, trial.moved[name], precision)
+    no_kernel = native is None and value.dtype is torch.float64  # that could have rounded anything
+    if verdict.passed is True or no_kernel or isinstance(trial.shaken, Exception):
         return verdict
     return judge(value, exact, native, None, precision, trial.shaken[name])
