@@ -9,21 +9,21 @@ from typing import Any
 import typer
 
 from . import options as o
-from . import render
+from . import render, render_onnx
 from .opening import (
     batches,
     example_inputs,
     keep_plan,
     named_values,
     open_model,
-    open_pair,
     output_path,
 )
+from .proving import blame, export, verify
 from .session import one_sentence_errors, progress, quiet_libraries
 
 app = typer.Typer(
     name="normsurgery",
-    help="Find, swap, fold and verify the normalization layers of a trained PyTorch model.",
+    help="Find, swap, fold, export and verify the normalization layers of a trained model.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -45,9 +45,13 @@ def find(
     """List every normalization of MODEL.
 
     Modules, functional calls, and formulas written out in a forward, each with how it is known;
-    and what looks like one and could not be proven, with the reason.
+    and what looks like one and could not be proven, with the reason. Of an .onnx file, its norm
+    operators.
     """
     with one_sentence_errors(debug):
+        if model.endswith(".onnx"):
+            render_onnx.norms(model, as_json)
+            raise typer.Exit
         import normsurgery as ns
 
         loaded = open_model(model, arguments, weights, trust, meta=True)
@@ -191,48 +195,9 @@ def fold(
         raise typer.Exit(report.exit_code)
 
 
-@app.command()
-def verify(
-    a: o.ModelA,
-    b: o.ModelB,
-    inputs: o.Inputs = None,
-    on: o.On = "cpu",
-    require_runner: o.RequireRunner = None,
-    modes: o.Modes = "eval",
-    gradients: o.Gradients = False,
-    hard: o.Hard = True,
-    seed: o.Seed = 0,
-    memory: o.Memory = None,
-    arguments: o.Arg = None,
-    weights: o.Weights = None,
-    trust: o.Trust = None,
-    as_json: o.AsJson = False,
-    debug: o.Debug = False,
-) -> None:
-    """Tell whether B computes what A computes.
-
-    Both are held against a float64 run of A: B may err about as much as A itself does.
-    """
-    with one_sentence_errors(debug):
-        import normsurgery as ns
-
-        first, second = open_pair(a, b, arguments, weights, trust)
-        example = example_inputs(inputs, first.model)
-        with progress(f"comparing {a} and {b}"):
-            evidence = ns.verify(
-                first.model,
-                second.model,
-                example,
-                on=on.split(","),
-                require_runner=require_runner or (),
-                modes=modes.split(","),
-                gradients=gradients,
-                hard=hard,
-                seed=seed,
-                memory=memory,
-            )
-        render.evidence(evidence, as_json)
-        raise typer.Exit(0 if evidence.passed else 1)
+app.command()(export)
+app.command()(verify)
+app.command()(blame)
 
 
 @app.command()

@@ -14,8 +14,15 @@ MODEL_HELP = (
 
 # What to operate on.
 Model = Annotated[str, Argument(metavar="MODEL", help=MODEL_HELP)]
-ModelA = Annotated[str, Argument(metavar="A", help="The original. " + MODEL_HELP)]
-ModelB = Annotated[str, Argument(metavar="B", help="What to compare with it. The same forms.")]
+SIDE_HELP = MODEL_HELP.replace("a .pt2 exported program, ", "a .pt2 exported program, .onnx, ")
+ModelA = Annotated[str, Argument(metavar="A", help="The original. " + SIDE_HELP)]
+ModelB = Annotated[
+    str,
+    Argument(
+        metavar="B",
+        help="What to compare with it. The same forms, or a run saved by --save elsewhere.",
+    ),
+]
 Norm = Annotated[str, Argument(metavar="NORM", help="A norm of `normsurgery norms`, or its alias.")]
 Inputs = Annotated[
     list[str] | None,
@@ -153,11 +160,78 @@ Out = Annotated[
 ]
 Force = Annotated[bool, Option("--force", help="Replace what is already there.")]
 
+Report = Annotated[
+    Path | None,
+    Option(
+        "--report",
+        metavar="FILE",
+        help="Also write a report: a page to look at (.html), Markdown (.md) or JSON (.json).",
+    ),
+]
+
+# How a model is exported.
+Dynamic = Annotated[
+    list[str] | None,
+    Option(
+        "--dynamic",
+        metavar="[INPUT.]AXIS:NAME",
+        help="An axis that may have any size: 0:batch for every input, input_ids.1:sequence for "
+        "one. Repeatable.",
+    ),
+]
+Opset = Annotated[
+    int | None,
+    Option("--opset", metavar="N", help="18 to 24. What the model needs when left out."),
+]
+DType = Annotated[
+    Literal["fp16", "bf16"] | None,
+    Option("--dtype", help="Round the weights; verified against the model as it is."),
+]
+FoldFirst = Annotated[
+    bool, Option("--fold/--no-fold", help="Fold norms into their neighbours before.")
+]
+AllowBatchStats = Annotated[
+    bool,
+    Option(
+        "--allow-batch-stats",
+        help="Export a BatchNorm that has no running statistics, so that each sample's result "
+        "depends on its batch.",
+    ),
+]
+ExternalData = Annotated[
+    bool | None,
+    Option(
+        "--external-data/--no-external-data",
+        help="Weights in a file beside the graph. Above 2 GB when left out.",
+    ),
+]
+
 # How two models are compared.
-On = Annotated[str, Option("--on", metavar="DEVICE,...", help="Where to run: cpu, cuda, or both.")]
+On = Annotated[
+    str,
+    Option("--on", metavar="RUNNER,...", help="Where to run: cpu, cuda, and tensorrt for ONNX."),
+]
 RequireRunner = Annotated[
     list[str] | None,
-    Option("--require-runner", metavar="DEVICE", help="No pass unless it ran there. Repeatable."),
+    Option("--require-runner", metavar="RUNNER", help="No pass unless it ran there. Repeatable."),
+]
+Intermediates = Annotated[
+    bool,
+    Option(
+        "--intermediates/--no-intermediates",
+        help="Judge every value inside an ONNX graph as well.",
+    ),
+]
+Blame = Annotated[
+    bool, Option("--blame", help="Where they differ, name the first operation that diverges.")
+]
+Save = Annotated[
+    Path | None,
+    Option(
+        "--save",
+        metavar="FILE",
+        help="Write what B computed as .safetensors, to be judged on another machine.",
+    ),
 ]
 Modes = Annotated[
     str, Option("--mode", metavar="MODE,...", help="Which modes to compare: eval, train, or both.")

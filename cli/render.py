@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from . import render_graph
 from .tables import table
 
 if TYPE_CHECKING:
@@ -182,7 +183,7 @@ def tensors(keymap: KeyMap) -> None:
 
 def _measured(measured: Evidence) -> None:
     print(_verdict(measured))
-    in_the_table = set(map(str, measured.comparisons))
+    in_the_table = {*map(str, measured.comparisons), *render_graph.shown(measured)}
     for failure in measured.failures:
         if failure not in in_the_table:
             print(f"failed: {failure}")
@@ -193,6 +194,7 @@ def _measured(measured: Evidence) -> None:
         headers = ["compared", "mode", "on", "verdict", "error", "allowed", "passes at"]
         rows = _comparison_rows(measured.comparisons)
         table([*headers, "worst at", "on the input", "reason"], rows)
+    render_graph.inside(measured)
     for left in measured.left_out:
         place = " ".join(part for part in (left.where, left.case, left.mode, left.runner) if part)
         print(f"{left.kind}: {place}: {left.reason}")
@@ -245,7 +247,8 @@ def _same_bits(compared: Iterable[Comparison]) -> bool:
 
 
 def _worst(compared: Iterable[Comparison]) -> Comparison:
-    severity = {True: 0, None: 1, False: 2}
+    """What failed, else what was decided, that would need the largest tolerance."""
+    severity = {None: 0, True: 1, False: 2}
     return max(compared, key=lambda c: (severity[c.verdict.passed], c.verdict.factor))
 
 

@@ -4,7 +4,8 @@ A small ResNet trained on handwritten digits (examples/train_digits.py) has its 
 swapped to GroupNorm from the command line. Its accuracy on held-out digits is measured before,
 after the swap, and after a short fine-tune on the training digits. Then the BatchNorms of the
 original are folded into its convolutions, and those of the swapped model are refused, with the
-reason. Files are left in FOLDER.
+reason. Last, the fine-tuned model is exported to ONNX, verified, and run by onnxruntime alone.
+Files are left in FOLDER; report.html there shows what was measured.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import torch
 from digits import Split, accuracy, fit, splits
 from torch import Tensor, nn
@@ -56,12 +58,33 @@ def main(folder: Path) -> None:
     print(f"  no norm left, just folded       {accuracy(folded, test):6.1%}   ", end="")
     print(f"the same answer as before on {same} of {len(test.labels)}")
 
+    torch.save(model, folder / "tuned.pt")
+    command(
+        folder,
+        "normsurgery export tuned.pt --input 2x1x32x32 --dynamic 0:batch --report report.html",
+    )
+
+    answered = answers_of_onnx(folder / "tuned.onnx", test)
+    right = float((answered == test.labels).double().mean())
+    same = int((answered == answers(model, test)).sum())
+    print(f"\naccuracy on the {len(test.labels)} held-out digits")
+    print(f"  ONNX, without PyTorch           {right:6.1%}   ", end="")
+    print(f"the same answer as fine-tuned on {same} of {len(test.labels)}")
+    print(f"\nwhat was measured, to look at: {folder / 'report.html'}")
+
 
 @torch.no_grad()
 def answers(model: nn.Module, split: Split) -> Tensor:
     """The digit that the model sees in each image, (N,) in int64."""
     answered: Tensor = model.eval()(split.images).logits.argmax(dim=-1)
     return answered
+
+
+def answers_of_onnx(file: Path, split: Split) -> Tensor:
+    """The digit that onnxruntime sees in each image, (N,) in int64."""
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {session.get_inputs()[0].name: split.images.numpy()})
+    return torch.from_numpy(logits).argmax(dim=-1)
 
 
 def command(folder: Path, line: str) -> None:

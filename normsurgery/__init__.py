@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from normsurgery.artefacts import load_directory as load
     from normsurgery.errors import NormsurgeryError
+    from normsurgery.export.exporting import export
     from normsurgery.find import find
     from normsurgery.fold.checkpoint import fold_checkpoint
     from normsurgery.fold.folding import fold
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from normsurgery.surgery import rebuild, swap
     from normsurgery.survey import Site, Skip, Survey
     from normsurgery.verify import Evidence, verify
+    from normsurgery.verify.blaming import blame
 
 _HOMES = {
     "Evidence": ("normsurgery.verify", "Evidence"),
@@ -37,6 +39,8 @@ _HOMES = {
     "Skip": ("normsurgery.survey", "Skip"),
     "Step": ("normsurgery.plan", "Step"),
     "Survey": ("normsurgery.survey", "Survey"),
+    "blame": ("normsurgery.verify.blaming", "blame"),
+    "export": ("normsurgery.export.exporting", "export"),
     "find": ("normsurgery.find", "find"),
     "fold": ("normsurgery.fold.folding", "fold"),
     "fold_checkpoint": ("normsurgery.fold.checkpoint", "fold_checkpoint"),
@@ -63,6 +67,8 @@ __all__ = [
     "Skip",
     "Step",
     "Survey",
+    "blame",
+    "export",
     "find",
     "fold",
     "fold_checkpoint",

@@ -44,7 +44,9 @@ VERBS: dict[str, tuple[Callable[..., Any], set[str], set[str]]] = {
     "find": (ns.find, LOADING | SHOWING, set()),
     "swap": (ns.swap, LOADING | SHOWING | WRITING, {"inplace"}),
     "fold": (ns.fold, LOADING | SHOWING | WRITING | {"drop"}, {"inplace", "eval"}),
-    "verify": (ns.verify, LOADING | SHOWING, set()),
+    "export": (ns.export, LOADING | SHOWING | {"out", "report"}, {"path"}),
+    "verify": (ns.verify, LOADING | SHOWING | {"report", "force"}, set()),
+    "blame": (ns.blame, LOADING | SHOWING, set()),
 }
 
 
@@ -113,12 +115,12 @@ from normsurgery.cli.main import run
 try:
     run()
 finally:
-    heavy = {{"torch", "numpy", "rich", "onnx", "transformers"}} & set(sys.modules)
+    heavy = {{"torch", "numpy", "rich", "onnx", "onnxruntime", "transformers"}} & set(sys.modules)
     assert not heavy, heavy
 """
 
 
-@pytest.mark.parametrize("words", [["--help"], ["swap", "--help"], ["norms"], ["explain", "gn"]])
+@pytest.mark.parametrize("words", [["--help"], ["export", "--help"], ["norms"], ["explain", "gn"]])
 def test_what_needs_no_model_imports_no_torch(words: list[str]) -> None:
     """`--help` that imports torch takes seconds."""
     start(words)
@@ -145,7 +147,7 @@ def test_the_installed_script_runs() -> None:
     script = Path(sys.executable).with_name("normsurgery")
     done = subprocess.run([script, "--help"], check=True, capture_output=True, text=True)
     assert set(re.findall(r"^  (\w+)  ", done.stdout, re.MULTILINE)) == {
-        "find", "swap", "fold", "verify", "norms", "explain",
+        "find", "swap", "fold", "export", "verify", "blame", "norms", "explain",
     }  # fmt: skip
 
 

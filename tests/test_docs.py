@@ -19,13 +19,15 @@ from typer.testing import CliRunner
 from normsurgery.cli.main import app
 from normsurgery.inputs import Inputs
 from normsurgery.verify import hard_inputs
+from normsurgery.verify.hard_inputs import inputs_of_a_graph
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NUMBER = re.compile(r"\d+(\.\d+)?(e[+-]?\d+)?%?")
-LABELS = [case.label for case in hard_inputs(Inputs((torch.ones(2, 1, 32, 32),)))]
+IMAGES = Inputs((torch.ones(2, 1, 32, 32),))
+LABELS = [case.label for case in (*hard_inputs(IMAGES), *inputs_of_a_graph(IMAGES, ()))]
 # Which hard input comes closest to failing depends on how a machine rounds.
 INPUT = re.compile(rf"\b({'|'.join(map(re.escape, LABELS))}) \((plain|grad)\)")
 
@@ -113,12 +115,12 @@ def _output(line: str) -> str:
     return subprocess.run(words, capture_output=True, text=True, check=True).stdout
 
 
-@pytest.mark.parametrize("verb", ["find", "swap", "fold", "verify", "norms", "explain"])
+@pytest.mark.parametrize("verb", ["find", "swap", "fold", "export", "verify", "norms", "explain"])
 def test_the_readme_shows_every_verb(verb: str) -> None:
     shown = [command.line for block in blocks() for command in commands(block)]
     assert any(line.startswith(f"normsurgery {verb}") for line in shown)
 
 
-@pytest.mark.parametrize("verb", ["find", "swap", "fold", "verify"])
+@pytest.mark.parametrize("verb", ["find", "swap", "fold", "export", "verify"])
 def test_the_readme_shows_every_verb_from_python(verb: str) -> None:
     assert any(f"ns.{verb}(" in block.text for block in blocks() if block.language == "python")

@@ -74,3 +74,7 @@ def test_the_demo_shows_the_loss_and_the_recovery(tmp_path: Path) -> None:
     assert swapped < before - 10
     assert tuned > before - 2
     assert "outputs change; train or calibrate" in output
+    assert re.search(r"the same answer as fine-tuned on (\d+) of \1$", output, re.MULTILINE)
+    assert {"tuned.onnx", "tuned.onnx.report.json", "report.html"} <= {
+        path.name for path in (tmp_path / "demo").iterdir()
+    }
