@@ -3,50 +3,77 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
 
+from normsurgery.verify.alignment import same_value
 from normsurgery.verify.blaming.setting import Looked, Setting, outputs_judged, worst
 from normsurgery.verify.blaming.sweep import Sweep
+from normsurgery.verify.blaming.views import Values
 from normsurgery.verify.judge import Verdict, judge
 
 
 def causes(setting: Setting, swept: Sweep) -> list[str]:
     """The suspects that are at fault, in graph order.
 
-    A suspect may have been taken for a value of the source that it is not meant to be. So each is
-    put to the proof: with the source's value in its place, the outputs must become right, and
-    without that they must not.
+    A suspect may have been taken for a value of the source that it is not meant to be, or what it
+    reads may have been. So each is put to the proof, the first one first: with those before it
+    repaired it must still be wrong, and with the source's value in its place the outputs must come
+    nearer to what they should be, unless there is no doubt about what it stands for.
     """
     suspects = swept.apart()
     if not suspects:
         return []
-    untouched = repaired(setting, swept, ())
-    if all(error <= 1.0 for error in untouched):
+    errors = repaired(setting, swept, ())
+    if _right(errors):
         return []  # whatever these values are, the outputs do not depend on it
-    blamed = list(suspects)
-    if not _right(repaired(setting, swept, blamed)):
-        blamed = [s for s in suspects if _helps(repaired(setting, swept, [s]), untouched)]
-    if not _right(repaired(setting, swept, blamed)):
-        return blamed or suspects
-    for suspect in list(reversed(blamed)):
-        rest = [other for other in blamed if other != suspect]
-        if rest and _right(repaired(setting, swept, rest)):
-            blamed = rest
-    return blamed
+    blamed: list[str] = []
+    for suspect in suspects:
+        if _is_right(setting, swept, suspect, blamed):
+            continue
+        after = repaired(setting, swept, [*blamed, suspect])
+        if _right(after) or _helps(after, errors) or _is_placed(setting, swept, suspect):
+            blamed.append(suspect)
+            errors = after
+        if _right(errors):
+            return blamed
+    return blamed or suspects
+
+
+def _is_placed(setting: Setting, swept: Sweep, name: str) -> bool:
+    """Whether a value is made by the operator that makes it in the reference, of the same values:
+    then it is meant to be that one, however the outputs take it while more is wrong."""
+    graph, reference = setting.graph, setting.reference
+    position, producer = graph.producer[name], reference.producer(swept.pairs[name])
+    if producer is None or producer.op_type != graph.nodes[position].op_type:
+        return False
+    read = [swept.pairs.get(one, "") for one in graph.computed(position)]
+    return bool(read) and all(one in producer.input for one in read)
+
+
+def _is_right(setting: Setting, swept: Sweep, name: str, others: Sequence[str]) -> bool:
+    """Whether a value is what it should be once `others` are."""
+    dtype = setting.graph.dtype(name) or torch.float32
+    return all(
+        name in values and same_value(values[name], case[swept.pairs[name]], dtype)
+        for values, case in zip(_runs(setting, swept, others), setting.reference.cases, strict=True)
+    )
+
+
+def _runs(setting: Setting, swept: Sweep, names: Sequence[str]) -> Iterator[Values]:
+    """The graph's values in each case, with the reference's in the place of `names`."""
+    for one, truth in zip(setting.looked, setting.reference.cases, strict=True):
+        instead = {name: truth[swept.pairs[name]] for name in names}
+        yield setting.graph.run(one.fed, instead) if instead else one.plain
 
 
 def repaired(setting: Setting, swept: Sweep, names: Sequence[str]) -> list[float]:
     """How far off the outputs of each case are, in units of what is allowed, with the reference's
     values in the place of `names`."""
-    found = []
-    for number, one in enumerate(setting.looked):
-        truth = setting.reference.cases[number]
-        instead = {name: truth[swept.pairs[name]] for name in names}
-        values = setting.graph.run(one.fed, instead) if instead else one.plain
-        found.append(_error(setting, values, one))
-    return found
+    runs = _runs(setting, swept, names)
+    return [_error(setting, v, one) for v, one in zip(runs, setting.looked, strict=True)]
 
 
 def _error(setting: Setting, values: dict[str, Tensor], one: Looked) -> float:

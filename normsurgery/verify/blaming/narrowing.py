@@ -10,6 +10,7 @@ import torch
 
 from normsurgery.errors import NormsurgeryError
 from normsurgery.verify.alignment import same_value
+from normsurgery.verify.blaming.reference import TRACED
 from normsurgery.verify.blaming.setting import Setting
 from normsurgery.verify.blaming.sweep import Sweep
 from normsurgery.verify.blaming.views import Values
@@ -46,6 +47,9 @@ def _narrow(setting: Setting, swept: Sweep, value: str, expected: str, depth: in
         if name in graph.producer and _is_added(setting, swept, position, value, expected, name):
             return Culprit(graph.producer[name], name, "", added=True)
     if not loose:
+        misnamed = _misnamed(setting, swept, position, value, expected)
+        if misnamed is not None:
+            return misnamed
         return _by_wiring(setting, swept, here, _wanted(setting, position, expected))
     for name in loose if depth else ():
         if name not in graph.producer:
@@ -70,6 +74,21 @@ def _wanted(setting: Setting, position: int, expected: str) -> dict[str, str]:
         for mine, theirs in zip(graph.reads(position), producer.input, strict=False)
         if mine and theirs and mine not in graph.constants and theirs not in other.constants
     }
+
+
+def _misnamed(
+    setting: Setting, swept: Sweep, position: int, value: str, expected: str
+) -> Culprit | None:
+    """Whoever gives another value under the name of the one that the node should read."""
+    graph = setting.graph
+    for mine in graph.computed(position):
+        for named in (mine, f"{TRACED}{mine}"):
+            known = mine in graph.producer and named in setting.reference.cases[0]
+            if not known or _same(setting, swept.pairs[mine], named):
+                continue
+            if _gives(setting, swept, position, value, expected, {mine: named}):
+                return Culprit(graph.producer[mine], mine, named)
+    return None
 
 
 def _possible(setting: Setting, swept: Sweep, expected: str, name: str) -> Iterator[str]:
