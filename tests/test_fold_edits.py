@@ -592,9 +592,10 @@ def anything() -> st.SearchStrategy[Edit]:
         AddIdentity: {"by": maybe, "at": places},
         AddKernel: {"at": places},
         Create: {"shape": places},
+        Fill: {"value": st.floats(allow_nan=False)},
         Bake: {"settings": settings_},
     }
-    kinds = (Scale, Shift, AddProduct, Copy, Centre, Fill, Drop, AddTensor, *more)
+    kinds = (Scale, Shift, AddProduct, Copy, Centre, Drop, AddTensor, *more)
     with_vector = {Scale, Shift, AddProduct}
     return st.one_of(
         [
