@@ -194,6 +194,16 @@ def test_a_model_is_exported_and_proven_in_half(name: str, tmp_path: Path) -> No
     require_right_at_other_sizes(name, model.half(), path)
 
 
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_a_model_that_is_half_throughout_is_proven(name: str, tmp_path: Path) -> None:
+    """Constants are rounded where a float32 value is made of them; T5 clamps to fp16's range."""
+    model, inputs = models()[name].build().half(), models()[name].inputs()
+    path = tmp_path / "model.onnx"
+    ns.export(model, path, inputs, dynamic=EXPECTED[name].axes, fold=False, verify=False)
+    evidence = ns.verify(model, path, inputs)
+    assert evidence.passed, evidence.failures
+
+
 def test_batch_norm_that_is_not_folded_stays(tmp_path: Path) -> None:
     """torch's own exporter folds it whether asked or not, and its eps is gone."""
     path = tmp_path / "model.onnx"

@@ -18,8 +18,9 @@ from normsurgery.onnxfile.feeding import as_tensor
 from normsurgery.onnxfile.float64 import Float64Graph
 from normsurgery.onnxfile.reading import NORM_OPERATORS, OnnxFile, origin, value_types
 from normsurgery.verify.alignment import ValueIndex
-from normsurgery.verify.judge import Verdict, judge
+from normsurgery.verify.judge import Verdict, coarsest, judge
 from normsurgery.verify.shaking import moved
+from normsurgery.verify.sides import float_type
 from normsurgery.verify.sources import fed
 from normsurgery.verify.stages import InnerValue
 
@@ -173,12 +174,15 @@ def _first_difference(
     kind: str,
 ) -> list[InnerValue]:
     """The first value of the graph that no value of the source that equalled it equals now."""
-    types = value_types(file.proto)
+    types, held = value_types(file.proto), float_type(file) or torch.float32
     off: Values | None = None
     for name, others in pairs.items():
         value, port = ours[name], types.get(name)
-        precision = port.dtype if port is not None else torch.float32
+        # A constant of a half graph is rounded, also where what it makes is cast to float32.
+        precision = coarsest([held, *([] if port is None else [port.dtype])])
         truths = [theirs[other] for other in others if other in theirs]
+        if any(_exceeds(held_there, precision) for held_there in (value, *truths)):
+            continue  # no model computes there in its type: T5 clamps to its range
         if not truths or any(
             judge(value, truth, precision=precision).passed is not False for truth in truths
         ):
@@ -190,6 +194,10 @@ def _first_difference(
         if all(verdict.passed is False for verdict in verdicts):
             return [_told(file, name, verdicts[0], kind)]
     return []
+
+
+def _exceeds(value: Tensor, dtype: torch.dtype) -> bool:
+    return bool((value.abs() > torch.finfo(dtype).max).any())
 
 
 def _off_by_rounding(dtype: torch.dtype) -> Any:
