@@ -19,6 +19,7 @@ from normsurgery.onnxfile.reading import of_proto
 from normsurgery.onnxfile.sessions import Session
 from normsurgery.verify import Evidence, judge, verify
 from normsurgery.verify.axes import Axis, dynamic_axes, sizes_to_try
+from normsurgery.verify.conversion import conversion
 from normsurgery.verify.exported import verify_export
 from normsurgery.verify.graph_inputs import inputs_of
 from normsurgery.verify.hard_inputs import inputs_of_a_graph
@@ -26,6 +27,7 @@ from normsurgery.verify.inside import look_inside
 from normsurgery.verify.rounding import losses_of_rounding
 from normsurgery.verify.runners import run_float64, run_native
 from normsurgery.verify.shaking import summed
+from normsurgery.verify.sources import torch_source
 
 FLOAT = torch.float32
 ROWS = {"x": (FLOAT, ["batch", 16])}
@@ -120,6 +122,32 @@ def test_an_eps_that_only_the_norms_own_hard_inputs_show_is_caught_there(source)
     inner = {value.value for value in evidence.inner if value.verdict.passed is False}
     assert not outputs and inner == {"y"}
     assert "epsilon" in " ".join(evidence.failures)
+
+
+def in_half(model: nn.Module) -> onnx.ModelProto:
+    program = torch.onnx.export(
+        model.half().eval(), (X[0].half(),), dynamo=True, opset_version=20, verbose=False
+    )
+    assert program is not None
+    return program.model_proto
+
+
+def test_the_rounding_to_half_is_a_stage_of_its_own():
+    stages = {stage.name: stage for stage in verify(Net(), in_half(Net()), X, hard=False).stages}
+    found = stages["conversion to float16"]
+    assert found.runner == "float64" and found.verdict.passed and found.verdict.max_error > 0
+    assert "conversion to float16" not in {
+        stage.name for stage in verify(Net(), net_graph(), X).stages
+    }
+
+
+def test_a_conversion_that_changes_more_than_rounding_fails_at_its_stage():
+    changed = Net()
+    with torch.no_grad():
+        changed.fc2.weight[3] *= 1.5
+    source = torch_source(changed, torch.float16)
+    assert conversion(Net(), torch_source(Net(), torch.float16), Inputs(X), 0).verdict.passed
+    assert conversion(Net(), source, Inputs(X), 0).verdict.passed is False
 
 
 def test_train_mode_and_gradients_are_no_questions_for_a_graph():

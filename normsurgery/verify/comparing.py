@@ -71,6 +71,7 @@ class Comparing:
     program: ExportedProgram | None = None
     traced: ExportedProgram | None = None
     untraceable: str = ""
+    master: nn.Module | None = None  # what the source's weights were rounded from, if they were
     results: Results = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -91,6 +92,7 @@ def _set_up(a: Loaded, b: Loaded, graph: OnnxFile, given: Inputs, options: Optio
     notes: list[str] = []
     results: Results = []
     source: Source
+    master = None
     if isinstance(a, OnnxFile):
         source = OnnxSource(a)
     else:
@@ -99,7 +101,8 @@ def _set_up(a: Loaded, b: Loaded, graph: OnnxFile, given: Inputs, options: Optio
             given = given.to(dtype=source.rounded_to)
             name = str(source.rounded_to).removeprefix("torch.")
             notes.append(f"the truth is the original with its weights rounded to {name}")
-            results += losses_of_rounding(as_module(a), source.rounded_to)
+            master = as_module(a)
+            results += losses_of_rounding(master, source.rounded_to)
     candidate: Candidate
     if isinstance(b, OnnxFile):
         fed(b, given, source.order)
@@ -110,7 +113,15 @@ def _set_up(a: Loaded, b: Loaded, graph: OnnxFile, given: Inputs, options: Optio
         candidate = TorchCandidate(as_module(b))
     example = Case("example", given)
     return Comparing(
-        source, candidate, graph, example, options, precision, results=results, notes=notes
+        source,
+        candidate,
+        graph,
+        example,
+        options,
+        precision,
+        master=master,
+        results=results,
+        notes=notes,
     )
 
 

@@ -14,6 +14,7 @@ from normsurgery.verify import steadiness
 from normsurgery.verify.axes import Axis
 from normsurgery.verify.compare import Results, one_line
 from normsurgery.verify.comparing import Comparing, Options, axes_of, cases_of, prepared
+from normsurgery.verify.conversion import conversion
 from normsurgery.verify.device import HALF, Emulation
 from normsurgery.verify.elsewhere import record
 from normsurgery.verify.evidence import Comparison, Evidence, LeftOut
@@ -27,6 +28,7 @@ from normsurgery.verify.sources import (
     OnnxSource,
     TorchSource,
 )
+from normsurgery.verify.stages import Stage
 from normsurgery.verify.staging import Form, Stages
 from normsurgery.verify.trials import Trial, hold
 
@@ -91,10 +93,16 @@ def _answered(this: Comparing) -> Evidence:
         inputs=describe(this.example.inputs),
         required=tuple(this.options.require_runner),
         notes=tuple(dict.fromkeys([*this.notes, *stages.notes])),
-        stages=stages.finished(),
+        stages=(*_conversion(this, unaffordable), *stages.finished()),
         inner=inside.values,
         coverage=inside.coverage,
     )
+
+
+def _conversion(this: Comparing, unaffordable: str) -> Iterator[Stage]:
+    """The rounding of the source's weights, where there was one and it can be judged."""
+    if this.master is not None and isinstance(this.source, TorchSource) and not unaffordable:
+        yield conversion(this.master, this.source, this.example.inputs, this.options.seed)
 
 
 def _emulation(this: Comparing, runners: Sequence[str]) -> Emulation | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -101,7 +101,11 @@ def compared(trial: Trial, found: Tensors, runner: str, *, where: str = "") -> R
 
 def worst_of(comparisons: Iterable[Comparison | LeftOut]) -> Verdict:
     """The verdict that would need the largest tolerance; failed ones first."""
-    verdicts = [c.verdict for c in comparisons if isinstance(c, Comparison)]
+    return most_telling([c.verdict for c in comparisons if isinstance(c, Comparison)])
+
+
+def most_telling(verdicts: Sequence[Verdict]) -> Verdict:
+    """Of several verdicts the failed one, else the decided one, nearest to failing."""
     if not verdicts:
         return Verdict(None, "nothing was compared")
     severity = {False: 2, True: 1, None: 0}

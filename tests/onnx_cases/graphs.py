@@ -84,11 +84,15 @@ def exported(
     opset: int = 18,
     dynamic: bool = True,
     optimize: bool = True,
-    train: bool = False,
+    train: bool | None = False,
 ) -> onnx.ModelProto:
-    """What `torch.onnx.export` writes today, with a dynamic batch unless told otherwise."""
+    """What `torch.onnx.export` writes today, with a dynamic batch unless told otherwise.
+
+    train: the mode; None leaves every module in its own.
+    """
     shapes = tuple({0: torch.export.Dim.DYNAMIC} for _ in inputs) if dynamic else None
-    model.train(train)
+    if train is not None:
+        model.train(train)
     with silence(), seeded():
         program = torch.onnx.export(
             model,

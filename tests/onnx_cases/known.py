@@ -244,6 +244,26 @@ def bn_train() -> Sides:
     return Sides(conv_bn(), file, (x,), {"modes": ("train",)})
 
 
+def mixed() -> nn.Module:
+    model = conv_bn().eval()
+    model[1].train()
+    return model
+
+
+@KNOWN.bad("batch|random|train|output", "fail or refused")
+def bn_mixed_mode() -> Sides:
+    """the norm alone in train mode, compared so, and exported with the running statistics"""
+    x = randn(4, 3, 6, 6)
+    return Sides(mixed(), exported(mixed(), (x,), train=None), (x,), {"modes": ("train",)})
+
+
+@KNOWN.good()
+def bn_mixed_mode_as_eval() -> Sides:
+    """none: the file has the running statistics, which is what the model is in eval mode"""
+    x = randn(4, 3, 6, 6)
+    return Sides(mixed(), exported(mixed(), (x,), train=None), (x,))
+
+
 @KNOWN.good()
 def bn_train_as_eval() -> Sides:
     """none: the file has the running statistics, which is what the model is in eval mode"""

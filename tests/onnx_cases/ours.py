@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from onnx_cases.case import Cases, Sides
 from onnx_cases.good import conv_net
-from onnx_cases.known import conv_bn, group_norm, offset, rms
+from onnx_cases.known import conv_bn, group_norm, mixed, offset, rms
 from onnx_cases.modules import (
     BatchOnly,
     ConvNet,
@@ -91,6 +91,12 @@ def ours_bn_train() -> Sides:
     source = conv_bn()
     source.train()
     return ours(source, randn(4, 3, 6, 6))
+
+
+@OURS.good()
+def ours_bn_mixed_mode() -> Sides:
+    """none: the one norm that was left in train mode is switched, and said"""
+    return ours(mixed(), randn(4, 3, 6, 6))
 
 
 @OURS.good()
