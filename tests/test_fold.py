@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import normsurgery as ns
 from normsurgery.errors import UsageError
@@ -64,6 +65,36 @@ def convolutional() -> nn.Module:
     )
 
 
+class CalledTwice(nn.Module):
+    """One convolution, and the same batch norm behind each of its two calls, as a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1, bias=False)
+        self.scale, self.shift = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("var", torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.batch_norm(self.conv(x), self.mean, self.var, self.scale, self.shift, eps=1e-3)
+        x = F.batch_norm(self.conv(x.relu()), self.mean, self.var, self.scale, self.shift, eps=1e-3)
+        return x.relu()
+
+
+class NormOfNorm(nn.Module):
+    """What a norm gives is read by a layer, and by a batch norm without a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.BatchNorm2d(4)
+        self.second = nn.BatchNorm2d(4, affine=False)
+        self.conv = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x.relu())
+        return self.second(x) * self.conv(x).sigmoid()
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], dict[str, Any]]] = {
     "convolutions": (convolutional, lambda: torch.randn(2, 3, 9, 8, dtype=torch.float64), {}),
     "stream": (Residual, lambda: torch.randn(3, 7, 5, dtype=torch.float64), {}),
@@ -71,6 +102,16 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], dict[str,
         Residual,
         lambda: torch.randn(3, 7, 5, dtype=torch.float64),
         {"rmsnorm": True},
+    ),
+    "one norm in two calls": (
+        CalledTwice,
+        lambda: torch.randn(2, 3, 9, 8, dtype=torch.float64),
+        {},
+    ),
+    "norm of a norm": (
+        NormOfNorm,
+        lambda: torch.randn(2, 4, 9, 8, dtype=torch.float64),
+        {},
     ),
     "weight norm": (
         lambda: nn.Sequential(
@@ -102,7 +143,7 @@ def test_what_is_folded_computes_the_same(case: Any) -> None:
     for given in (x, x[:1], torch.cat([x, 2 * x])):
         assert relative(folded(given), model(given)) < BOUND
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    assert type(folded) is type(model)
+    assert isinstance(folded, type(model))
 
 
 def test_folding_again_finds_nothing_to_do(case: Any) -> None:

@@ -12,11 +12,9 @@ from torch import Tensor
 
 from normsurgery.fold.channels import NEUTRAL, backwards, forwards, moves, squeezed, varies
 from normsurgery.fold.checks import Check
-from normsurgery.fold.edits import Create, Edit, Fill, Scale, Shift
-from normsurgery.fold.ground import Affine, Ground, Landing, Refused, Run, is_torch_layer
+from normsurgery.fold.ground import Affine, Ground, Landing, Refused, Run
 from normsurgery.fold.landings import (
     EMBEDDING,
-    affine_at,
     is_layer,
     on_constant,
     on_output,
@@ -35,9 +33,8 @@ from normsurgery.fold.linearity import (
     picks,
     why_not,
 )
-from normsurgery.graph.flow import Node, Operand
-from normsurgery.surgery.source import tensor_at
-from normsurgery.survey import Site
+from normsurgery.fold.norm_landings import on_norm_output
+from normsurgery.graph.flow import Node
 
 
 class Backward:
@@ -94,7 +91,7 @@ class Backward:
         run = self.ground.ends.get(value)
         if run is None or run.end != value or value in self.ground.gone:
             return None
-        return on_norm(self.ground, run, channels, affine)
+        return on_norm_output(self.ground, run, channels, affine)
 
     # --- one kind of node each ------------------------------------------------------------------
 
@@ -210,54 +207,6 @@ class Backward:
         if affine.scale is None:
             return self.producers(x, (node,), channels, affine)
         return [on_constant(self.ground, node, weights[0], channels, affine)]
-
-
-def on_norm(ground: Ground, run: Run, channels: Tensor, affine: Affine) -> Landing | None:
-    """The weight and bias of a norm take up an affine of its output; None where it has none."""
-    site = run.site
-    node = run.nodes[-1] if run.nodes else None
-    offset = float(site.settings.get("weight_offset", 0.0))
-    if node is None or site.attach != "norm" or offset:
-        return None
-    wanted = [role for role in ("weight", "bias") if role not in site.parameters]
-    created = _created(ground, site, wanted) if wanted else []
-    if "weight" in wanted and not created:
-        return None
-    if "bias" in wanted and not created and affine.shift is not None:
-        return None
-    placed = affine_at(ground, node, channels, int(site.settings.get("channel_axis", 1)), affine)
-    edits: list[Edit] = list(created)
-    tensors: list[Operand] = []
-    names = {edit.target.rpartition(".")[2]: edit.target for edit in created}
-    for role, name in {**site.parameters, **names}.items():
-        if role not in ("weight", "bias"):
-            continue
-        if role in site.parameters and name not in ground.created:
-            tensor = tensor_at(ground.model, name)
-            if tensor.dim() != 1:
-                return None
-            tensors.append(Operand(name, tensor, (0,)))
-        edits += [Scale(name, placed.scale, 0)] if placed.scale is not None else []
-        if role == "bias" and placed.shift is not None:
-            edits.append(Shift(name, placed.shift))
-    return Landing(run.nodes, tuple(tensors), tuple(edits))
-
-
-def _created(ground: Ground, site: Site, roles: Sequence[str]) -> list[Create | Fill]:
-    """A neutral weight and bias for a norm of torch's with statistics that was made without."""
-    statistic = site.parameters.get("running_var")
-    if statistic is None or site.form != "module" or ground.choices.keep_classes:
-        return []
-    module = ground.model.get_submodule(site.path)
-    if not is_torch_layer(module) or any(role not in module._parameters for role in roles):
-        return []
-    prefix = f"{site.path}." if site.path else ""
-    shape = tuple(tensor_at(ground.model, statistic).shape)
-    edits: list[Create | Fill] = []
-    for role in roles:
-        edits.append(Create(prefix + role, shape, statistic))
-        edits += [Fill(prefix + role, 1.0)] if role == "weight" else []
-    return edits
 
 
 Step = Callable[[Backward, Node, Tensor, Affine], list[Landing]]

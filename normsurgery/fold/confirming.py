@@ -18,9 +18,9 @@ from normsurgery.fold.rules import (
     into_padding_consumers,
     into_producer,
 )
+from normsurgery.fold.twins import as_one, followers, is_follower
 from normsurgery.graph import Recording
 from normsurgery.plan import MERGED, Step
-from normsurgery.survey import Skip
 
 BY_BATCH = NoMatch(Check.HIDDEN_BRANCH, "the batch size decides what runs")
 
@@ -32,21 +32,40 @@ def confirmed(
     if _signature(again.recording) == _signature(located.recording):
         return list(decided)
     ground = Ground(again, choices)
-    places = {site.label: site.index for site in again.survey}
+    steps = [made for made in decided if isinstance(made, Step)]
+    failed = {label for made in steps for label in _failed(ground, made, steps)}
     return [
-        made
-        if isinstance(made, Skip) or _holds(ground, places.get(made.site.label), made)
-        else skip(made.site, [BY_BATCH])
+        skip(made.site, [BY_BATCH])
+        if isinstance(made, Step) and made.site.label in failed
+        else made
         for made in decided
     ]
 
 
-def _holds(ground: Ground, place: int | None, made: Step) -> bool:
+def _failed(ground: Ground, made: Step, steps: Sequence[Step]) -> tuple[str, ...]:
+    """The labels of the step and of those that lean on it, unless it holds here as well."""
+    if is_follower(made):
+        return ()
+    again = {site.label: site for site in ground.located.survey}
+    labels = (made.site.label, *(site.label for site in followers(made, steps)))
+    sites = [again[label] for label in labels if label in again]
+    if len(sites) < len(labels) and made.rule not in _HOLD_ANYWHERE:
+        return labels
+    if not sites:
+        return ()
+    with as_one(ground, sites[0], sites[1:]):
+        return () if _holds(ground, sites[0].index, made) else labels
+
+
+# A merge is proven on several batches; an affine is what the norm is, whatever surrounds it.
+_HOLD_ANYWHERE = (MERGED, "standalone affine")
+
+
+def _holds(ground: Ground, place: int, made: Step) -> bool:
     """Whether the rule that made the step makes the same edits here; then it is taken as done."""
-    # A merge is proven on several batches; an affine is what the norm is, whatever surrounds it.
-    if made.rule in (MERGED, "standalone affine"):
+    if made.rule in _HOLD_ANYWHERE:
         return True
-    if place is None or not ground.runs[place]:
+    if not ground.runs[place]:
         return False
     site = ground.site(place)
     rule = _rule_that_edited(made)

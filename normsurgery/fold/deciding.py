@@ -4,34 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
 
 from torch import nn
 
 from normsurgery.errors import CannotConvert
 from normsurgery.find import Located
-from normsurgery.fold.agreement import agree
+from normsurgery.fold.acceptance import accepted, last_axis_of
+from normsurgery.fold.affines import is_affine
+from normsurgery.fold.centring import centre
 from normsurgery.fold.checks import Check, NoMatch
 from normsurgery.fold.edits import Fill
-from normsurgery.fold.ground import Choices, Ground, Landing, Refused, Run
+from normsurgery.fold.ground import Choices, Ground, Refused
 from normsurgery.fold.merging import merge_steps
 from normsurgery.fold.parallel_branches import branch_sums
 from normsurgery.fold.preconditions import (
     require,
     require_called_as,
-    require_eval,
-    require_no_hooks,
 )
-from normsurgery.fold.residual_stream import is_candidate, stream_of
 from normsurgery.fold.rules import (
     AFFINE_RULES,
     TAIL_RULES,
     Proposal,
-    is_affine,
 )
-from normsurgery.graph import Recording
-from normsurgery.graph.branches import hidden_uses, reads_data, same_conditions
-from normsurgery.graph.flow import Node
+from normsurgery.fold.twins import as_one, twins
 from normsurgery.plan import MERGED, Step
 from normsurgery.spec import Fidelity, get
 from normsurgery.surgery.obstacles import lost_fact
@@ -63,13 +58,16 @@ class Decider:
             for site in ordered
         }
         self._try_again(ground, decided)
+        while self._decide_together(ground, decided):
+            self._try_again(ground, decided)
         for index, made in decided.items():  # a norm may have been given a weight since
             if isinstance(made, Step) and made.rule != MERGED:
                 decided[index] = replace(made, site=ground.site(index))
         self._merge(ground, chosen, decided)
         if self.choices.rmsnorm:
-            for site in ordered:
-                self._centre(ground, site, chosen, decided)
+            allowed = {s.index for s in sites if s.index in chosen and s.label not in self.refused}
+            for site in (site for site in ordered if site.index in allowed):
+                centre(ground, self.model, site, allowed, decided)
         return list(decided.values())
 
     def _try_again(self, ground: Ground, decided: dict[int, Decision]) -> None:
@@ -86,6 +84,32 @@ class Decider:
                     del decided[site.index]
                     decided[site.index] = new
                     changed = True
+
+    def _decide_together(self, ground: Ground, decided: dict[int, Decision]) -> bool:
+        """Calls of one norm at several places, where none of them could go alone."""
+        left = [
+            site
+            for site in ground.located.survey
+            if _is_left(decided[site.index]) and ground.runs[site.index]
+        ]
+        changed = False
+        for lead, *others in twins(left):
+            with as_one(ground, lead, others):
+                made = self._decided(ground, lead)
+            if not isinstance(made, Step) or _is_left(made):
+                continue
+            steps = [
+                made,
+                *(
+                    replace(made, site=site, edits=(), notes=(f"with {lead.label}",))
+                    for site in others
+                ),
+            ]
+            for step in steps:
+                del decided[step.site.index]
+                decided[step.site.index] = step
+            changed = True
+        return changed
 
     def _merge(self, ground: Ground, chosen: Collection[int], decided: dict[int, Decision]) -> None:
         """Make one layer of parallel branches; a norm among them goes with them. Comes last: every
@@ -104,46 +128,6 @@ class Decider:
             decided.pop(step.site.index, None)
             decided[step.site.index] = step
 
-    def _centre(
-        self, ground: Ground, site: Site, chosen: Collection[int], decided: dict[int, Decision]
-    ) -> None:
-        """Make RMSNorms of all LayerNorms on the stream that this one reads, where it can be."""
-        made = decided[site.index]
-        done = isinstance(made, Step) and made.to == "rmsnorm"
-        if (
-            done
-            or site.index not in chosen
-            or not is_candidate(site)
-            or not ground.runs[site.index]
-        ):
-            return
-        try:
-            stream = stream_of(ground, site)
-            agreed = agree(ground, stream.landings)
-            notes = self._accepted(ground, stream.runs, stream.landings, frozenset(stream.values))
-        except Refused as refusal:
-            decided[site.index] = _stays(site, made, refusal.match)
-            return
-        ground.untied |= agreed.untied
-        sites = [s for s in ground.located.survey if s.index in stream.sites]
-        steps = [
-            step
-            for s in sites
-            if s.index in chosen and s.label not in self.refused
-            if (step := _as_rmsnorm(ground, s, decided[s.index])) is not None
-        ]
-        if not steps:
-            return
-        # Other folds may still write to what is centred: it comes last.
-        steps[-1] = replace(
-            steps[-1],
-            edits=(*steps[-1].edits, *agreed.edits),
-            notes=(*steps[-1].notes, *agreed.notes, *notes),
-        )
-        for step in steps:
-            del decided[step.site.index]
-            decided[step.site.index] = step
-
     def _decided(self, ground: Ground, site: Site) -> Decision:
         site = ground.site(site.index)
         if site.label in self.refused:
@@ -157,8 +141,13 @@ class Decider:
             try:
                 proposal = rule(ground, site)
                 runs = ground.runs[site.index]
-                notes = self._accepted(
-                    ground, runs, proposal.landings, proposal.changed, _last_axis(site, proposal)
+                notes = accepted(
+                    ground,
+                    self.model,
+                    runs,
+                    proposal.landings,
+                    proposal.changed,
+                    last_axis_of(site, proposal),
                 )
             except Refused as refusal:
                 failed.append(refusal.match)
@@ -171,49 +160,6 @@ class Decider:
             return made
         return skip(site, failed)
 
-    def _accepted(
-        self,
-        ground: Ground,
-        runs: Sequence[Run],
-        landings: Sequence[Landing],
-        changed: frozenset[int],
-        last_axis: Literal["scale", "affine"] | None = None,
-    ) -> tuple[str, ...]:
-        """What to say about the step. Raises Refused where the data flow does not tell all."""
-        if not landings:
-            return ()
-        recording = ground.located.recording
-        nodes = [node for landing in landings for node in landing.nodes]
-        nodes += [node for run in runs for node in run.nodes]
-        modules = {id(n.module): n.module for n in nodes if n.module is not None}
-        require_no_hooks(ground, changed, modules.values())
-        require_eval(ground, self.model, changed)
-        unseen = hidden_uses(
-            recording,
-            modules=tuple(modules.values()),
-            values=changed,
-            last_axis=last_axis,
-        )
-        between = (ground.flow.maker(value) for value in changed)
-        nodes += [node for node in between if node is not None]
-        apart = same_conditions(
-            recording, [recording.ops[i] for i in sorted({n.index for n in nodes})]
-        )
-        reasons = (*unseen, *(() if apart is None else (apart,)))
-        if reasons and not self.choices.assume_inputs:
-            raise Refused(_kind_of_branch(recording, nodes), reasons[0], _ASSUME)
-        return tuple(f"holds for calls like the example only: {reason}" for reason in reasons)
-
-
-_ASSUME = "assume_inputs=True folds it for calls like the example."
-
-
-def _kind_of_branch(recording: Recording, nodes: Sequence[Node]) -> Check:
-    """Whether a forward around these nodes asks a tensor for a number, as a branch on data does."""
-    running = {frame.serial for node in nodes for frame in node.frames}
-    reads = (op.frames[0].serial for op in reads_data(recording) if op.frames)
-    return Check.HIDDEN_BRANCH if running.isdisjoint(reads) else Check.DATA_DEPENDENT
-
 
 def _is_left(made: Decision) -> bool:
     """A norm that another one may have been in the way of."""
@@ -222,15 +168,10 @@ def _is_left(made: Decision) -> bool:
     return made.rule == "standalone affine"
 
 
-def _last_axis(site: Site, proposal: Proposal) -> Literal["scale", "affine"] | None:
-    """What crosses to the consumers of a norm of tokens, to which picking tokens makes nothing."""
-    if proposal.rule != "into consumers" or site.settings.get("channel_axis") != -1:
-        return None
-    return "affine" if is_affine(site) or "bias" in site.parameters else "scale"
-
-
 def take(ground: Ground, site: Site, proposal: Proposal) -> None:
     """From here on the proposal is done."""
+    if proposal.landings:
+        ground.settled.add(site.index)
     ground.created |= proposal.agreed.created
     ground.untied |= proposal.agreed.untied
     ground.extend(proposal.agreed.created)
@@ -264,35 +205,6 @@ def _step(ground: Ground, site: Site, proposal: Proposal, notes: tuple[str, ...]
         rule=proposal.rule,
         edits=edits,
     )
-
-
-def _as_rmsnorm(ground: Ground, site: Site, made: Decision) -> Step | None:
-    """The step that makes an RMSNorm of a LayerNorm on a centred stream; None if it has a bias."""
-    folded = isinstance(made, Step) and (
-        ground.choices.keep_classes or not made.options.get("affine", True)
-    )
-    if "bias" in site.parameters and not folded and not ground.choices.keep_classes:
-        return None
-    edits = made.edits if isinstance(made, Step) else ()
-    notes = made.notes if isinstance(made, Step) else ()
-    whole = folded or "weight" not in site.parameters
-    return Step(
-        site=site,
-        to=site.kind if ground.choices.keep_classes else "rmsnorm",
-        options={} if ground.choices.keep_classes or not whole else {"affine": False},
-        fidelity=Fidelity.EVAL,
-        action="fold",
-        notes=notes,
-        rule="residual stream",
-        edits=edits,
-    )
-
-
-def _stays(site: Site, made: Decision, match: NoMatch) -> Decision:
-    """A LayerNorm whose mean cannot be folded away."""
-    if isinstance(made, Step):
-        return replace(made, notes=(*made.notes, f"stays a LayerNorm: {match.reason}"))
-    return Skip(site.label, match.reason, match.hint, site.kind)
 
 
 def _neutral(ground: Ground, site: Site) -> tuple[Fill, ...]:

@@ -27,6 +27,7 @@ from normsurgery.fold.linearity import (
     pads_with_values,
     why_not,
 )
+from normsurgery.fold.norm_landings import on_norm_input
 from normsurgery.graph.flow import Node
 
 
@@ -53,6 +54,12 @@ class Forward:
         for run in self.ground.gone_from(value):
             passed |= {node.index for node in run.nodes}
             landings += self.consumers(run.end, channels, affine)
+        for run in self.ground.going_from(value):
+            landing = on_norm_input(self.ground, run, channels, affine)
+            if landing is not None:
+                self.changed |= {v for node in run.nodes for v in node.outputs} - {run.end}
+                passed |= {node.index for node in run.nodes}
+                landings.append(landing)
         for node in self.flow.readers(value):
             if node.index not in passed:
                 landings += self._read(node, value, channels, affine)

@@ -92,6 +92,7 @@ class Ground:
     """A recorded run as the rules see it; `gone` are norms that were folded away already.
 
     gone: the value a norm ended with -> the value it began with.
+    settled: the sites whose own scale and shift have been folded away.
     created: biases that accepted folds create; untied: tensors that they make a copy of, with the
         nodes that read the copy.
     """
@@ -102,6 +103,7 @@ class Ground:
     runs: dict[int, tuple[Run, ...]] = field(init=False)
     ends: dict[int, Run] = field(init=False)
     gone: dict[int, int] = field(default_factory=dict)
+    settled: set[int] = field(default_factory=set)
     created: set[str] = field(default_factory=set)
     untied: dict[str, frozenset[int]] = field(default_factory=dict)
 
@@ -145,6 +147,15 @@ class Ground:
         """The runs of norms that began with this value, and are gone."""
         return tuple(self.ends[end] for end, start in self.gone.items() if start == value)
 
+    def going_from(self, value: int) -> tuple[Run, ...]:
+        """The runs of norms that begin with this value, and are still what they were."""
+        return tuple(
+            run
+            for run in self.ends.values()
+            if run.start == value and run.end not in self.gone
+            if run.site.index not in self.settled
+        )
+
     def path(self, node: Node) -> str:
         """Where a node stands, for people."""
         module = node.module
@@ -167,6 +178,13 @@ class Ground:
                     Check.OUTPUT_USED,
                     f"{what or self.name(value)} is read by {self.path(reader)} as well",
                 )
+
+    def require_inner(self, run: Run) -> None:
+        """Nothing outside the norm reads what it computes on the way. Raises Refused."""
+        for node in run.nodes:
+            for output in node.outputs:
+                if output != run.end:
+                    self.require_only(output, run.nodes, "a value inside the norm")
 
     def name(self, value: int) -> str:
         maker = self.flow.maker(value)

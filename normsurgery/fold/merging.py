@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from normsurgery.errors import CannotRewrite, UsageError
+from normsurgery.fold.affines import affine_of
 from normsurgery.fold.branch_forward import merged_forward
 from normsurgery.fold.edits import (
     AddIdentity,
@@ -22,7 +23,6 @@ from normsurgery.fold.edits import (
 )
 from normsurgery.fold.ground import Ground
 from normsurgery.fold.parallel_branches import KIND, BranchSum
-from normsurgery.fold.rules import affine_of
 from normsurgery.fold.running import run
 from normsurgery.fold.weight_formulas import relative_error
 from normsurgery.plan import Step

@@ -17,11 +17,11 @@ from normsurgery.find.candidates import NotProven
 from normsurgery.find.events import Event
 from normsurgery.find.places import LAYERS
 from normsurgery.find.position import call_site, names_at
+from normsurgery.fold.affines import is_affine
 from normsurgery.fold.checks import Check
 from normsurgery.fold.ground import Ground, Refused, Run
 from normsurgery.fold.kernels import Geometry, Sizes, room_for
 from normsurgery.fold.landings import CONVOLUTION, PRODUCTS, Layer, layer
-from normsurgery.fold.rules import is_affine
 from normsurgery.graph import Op
 from normsurgery.graph.flow import Node
 from normsurgery.graph.positions import forward_of

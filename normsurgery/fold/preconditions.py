@@ -7,21 +7,14 @@ from collections.abc import Collection, Iterator
 
 from torch import nn
 
+from normsurgery.fold.affines import STATISTICS, has_tail, is_affine, uses_batch
 from normsurgery.fold.checks import Check
 from normsurgery.fold.ground import Ground, Refused
-from normsurgery.fold.rules import STATISTICS, has_tail, is_affine
 from normsurgery.graph import ModuleCall
-from normsurgery.graph.flow import Node
 from normsurgery.surgery.obstacles import obstacle
 from normsurgery.surgery.surroundings import Surroundings
 from normsurgery.survey import Site
 
-_TRAINING_ARGUMENT = {
-    "aten::native_batch_norm": 5,
-    "aten::_native_batch_norm_legit": 5,
-    "aten::cudnn_batch_norm": 5,
-    "aten::batch_norm": 5,
-}
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -33,7 +26,7 @@ def require(ground: Ground, model: nn.Module, site: Site, around: Surroundings) 
     if not runs:
         raise Refused(Check.NOT_RUN)
     batch = site.kind == "batchnorm" or is_affine(site)
-    if batch and any(_uses_batch(node) for run in runs for node in run.nodes):
+    if batch and any(map(uses_batch, runs)):
         statistics = set(STATISTICS) <= set(site.parameters)
         raise Refused(Check.TRAIN_MODE if statistics else Check.NO_STATISTICS)
     if _trains(model, site):
@@ -45,13 +38,6 @@ def require(ground: Ground, model: nn.Module, site: Site, around: Surroundings) 
     reason = obstacle(model, site, copies=False, around=around)
     if reason is not None:
         raise Refused(Check.NOT_REWRITABLE, reason)
-
-
-def _uses_batch(node: Node) -> bool:
-    place = _TRAINING_ARGUMENT.get(node.name)
-    if place is not None:
-        return bool(node.args[place])
-    return node.name == "aten::_native_batch_norm_legit_no_stats"
 
 
 def _trains(model: nn.Module, site: Site) -> bool:

@@ -9,22 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normsurgery.fold.affines import affine_of, is_affine
 from normsurgery.fold.agreement import Agreed, agree
 from normsurgery.fold.backward import Backward
 from normsurgery.fold.channel_pad import ChannelPad
 from normsurgery.fold.channels import along_axis
 from normsurgery.fold.checks import Check
-from normsurgery.fold.edits import Vector
 from normsurgery.fold.explicit_pad import padded_readers
 from normsurgery.fold.forward import Forward
-from normsurgery.fold.ground import Affine, Ground, Landing, Refused, Run
-from normsurgery.fold.unlisted import affine_of_unlisted, is_unlisted
-from normsurgery.spec import get
+from normsurgery.fold.ground import Ground, Landing, Refused
+from normsurgery.fold.unlisted import is_unlisted
 from normsurgery.surgery.obstacles import lost_fact
 from normsurgery.survey import Site
-
-AFFINE_ROLES = ("weight", "bias")
-STATISTICS = ("running_mean", "running_var")
 
 
 @dataclass(frozen=True)
@@ -45,25 +41,12 @@ class Proposal:
     notes: tuple[str, ...] = ()
 
 
-def is_affine(site: Site) -> bool:
-    """In eval the norm is a scale and a shift per channel, and nothing else."""
-    if site.attach != "norm" or get(site.kind).as_affine is None:
-        return False
-    return site.kind == "affine" or set(STATISTICS) <= set(site.parameters)
-
-
-def has_tail(site: Site) -> bool:
-    """The norm's weight and bias come last, after everything it computes."""
-    own = set(AFFINE_ROLES) & set(site.parameters)
-    return site.attach == "norm" and bool(own) and get(site.kind).tail
-
-
 def into_producer(ground: Ground, site: Site) -> Proposal:
     """Backwards, into whatever makes its input. Raises Refused."""
     walk = Backward(ground)
     landings: list[Landing] = []
     for run in ground.runs[site.index]:
-        _require_inner(ground, run)
+        ground.require_inner(run)
         landings += walk.through_run(run, _channels(ground, site, run.start), affine_of(site))
     return Proposal(
         "into producer",
@@ -80,7 +63,7 @@ def into_consumers(ground: Ground, site: Site) -> Proposal:
     walk = Forward(ground)
     landings: list[Landing] = []
     for run in ground.runs[site.index]:
-        _require_inner(ground, run)
+        ground.require_inner(run)
         channels = _channels(ground, site, run.end)
         landings += walk.consumers(run.end, channels, affine_of(site))
     if not landings:
@@ -106,7 +89,7 @@ def into_padding_consumers(ground: Ground, site: Site) -> Proposal:
         raise Refused(Check.NO_NEIGHBOUR, "explicit padding is not asked for")
     found = []
     for run in ground.runs[site.index]:
-        _require_inner(ground, run)
+        ground.require_inner(run)
         channels = _channels(ground, site, run.end)
         found.append(padded_readers(ground, run.end, channels, affine))
     first = found[0]
@@ -139,22 +122,6 @@ def standalone(ground: Ground, site: Site) -> Proposal:
     return Proposal("standalone affine", Agreed(()), (), frozenset(), "affine")
 
 
-def affine_of(site: Site) -> Affine:
-    """The scale and shift that come last in a norm, as Vectors."""
-    if is_unlisted(site):
-        return affine_of_unlisted(site)
-    roles = (*AFFINE_ROLES, *STATISTICS) if is_affine(site) else AFFINE_ROLES
-    tensors = {role: site.parameters[role] for role in roles if role in site.parameters}
-    known = ("eps", "weight_offset", "features")
-    settings = {name: site.settings[name] for name in known if name in site.settings}
-    whole = "running_var" in tensors
-    scaled, shifted = whole or "weight" in tensors, whole or "bias" in tensors
-    return Affine(
-        Vector("scale", tensors, settings) if scaled else None,
-        Vector("shift", tensors, settings) if shifted else None,
-    )
-
-
 def _channels(ground: Ground, site: Site, value: int) -> Tensor:
     shape = ground.flow.shape(value)
     axis = int(site.settings.get("channel_axis", 1))
@@ -163,14 +130,6 @@ def _channels(ground: Ground, site: Site, value: int) -> Tensor:
     if spans or len(shape) < 2 or features != shape[axis % len(shape)]:
         raise Refused(Check.AXIS, "its weight does not run along one axis of its input")
     return along_axis(shape, axis)
-
-
-def _require_inner(ground: Ground, run: Run) -> None:
-    """Nothing outside the norm reads what it computes on the way. Raises Refused."""
-    for node in run.nodes:
-        for output in node.outputs:
-            if output != run.end:
-                ground.require_only(output, run.nodes, "a value inside the norm")
 
 
 Rule = Callable[[Ground, Site], Proposal]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import normsurgery as ns
-from normsurgery.plan import MERGED, Step
+from normsurgery.plan import Step
 
 from .grow import grow
 from .interpret import Call, run
@@ -53,8 +53,7 @@ class Outcome:
 def try_fold(seed: int, *, oracle: bool, again: bool = True) -> Outcome:
     """Fold the model of this seed in float64, and in half precision where it says so.
 
-    again: also fold what came out, and find nothing to do. (Where branches were merged into one
-        layer, a norm before them may find a way that was not there: that is not judged.)
+    again: also fold what came out, and find nothing to do.
     """
     program = grow(seed)
     outcome = Outcome(seed, hazards=hazard_labels(program))
@@ -117,8 +116,7 @@ def _fold_and_compare(
         error = _difference(model, folded, call)
         if not error < BOUND:
             outcome.wrong.append(f"call {number} differs by {error:.1e}: {_made(report)}")
-    merged = any(step.rule == MERGED for step in report.plan.steps)
-    if again and not merged:
+    if again:
         second = ns.fold(folded, inputs=(example.x,), verify=False)[1].plan.steps
         if second:
             outcome.wrong.append(f"a second fold finds {second[0]} ({second[0].rule})")
