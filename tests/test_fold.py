@@ -95,6 +95,28 @@ class NormOfNorm(nn.Module):
         return self.second(x) * self.conv(x).sigmoid()
 
 
+class Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.by = nn.Parameter(torch.ones(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.by
+
+
+class AroundBranches(nn.Module):
+    """A norm before two branches that become one layer without a bias, and one behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.behind = nn.LayerNorm(6), nn.BatchNorm1d(6)
+        self.scale, self.linear = Scale(), nn.Linear(6, 6, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.before(x)
+        return self.behind(self.scale(x) + self.linear(x)).relu()
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], dict[str, Any]]] = {
     "convolutions": (convolutional, lambda: torch.randn(2, 3, 9, 8, dtype=torch.float64), {}),
     "stream": (Residual, lambda: torch.randn(3, 7, 5, dtype=torch.float64), {}),
@@ -111,6 +133,11 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], dict[str,
     "norm of a norm": (
         NormOfNorm,
         lambda: torch.randn(2, 4, 9, 8, dtype=torch.float64),
+        {},
+    ),
+    "norms around branches": (
+        AroundBranches,
+        lambda: torch.randn(5, 6, dtype=torch.float64),
         {},
     ),
     "weight norm": (

@@ -1,4 +1,5 @@
-"""Norms that are folded with another one: two calls of one norm, a norm that reads a norm."""
+"""Norms that are folded with others: two calls of one norm, a norm that reads a norm, and norms
+around branches that become one layer."""
 
 from __future__ import annotations
 
@@ -276,3 +277,84 @@ def test_a_norm_that_became_a_padding_takes_up_nothing_more() -> None:
     assert fates(report)["second"] == "identity into consumers, explicit padding"
     assert fates(report)["first"] == "affine standalone affine"
     assert differs(folded, model, x) < EXACT
+
+
+# --- norms around branches that become one layer ------------------------------------------------
+
+
+class Scaled(nn.Module):
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.by = nn.Parameter(torch.ones(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.by
+
+
+class Around(nn.Module):
+    """`before` -> the input itself, scaled, plus a convolution without a bias -> `behind`."""
+
+    def __init__(self, padding: int = 0) -> None:
+        super().__init__()
+        self.before, self.behind = nn.GroupNorm(2, 4), nn.BatchNorm2d(4)
+        self.scaled = Scaled(4, 1, 1)
+        self.conv = nn.Conv2d(4, 4, 2 * padding + 1, padding=padding, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.before(x)
+        return self.behind(self.scaled(x) + self.conv(x)).relu()
+
+
+class AroundByBatch(nn.Module):
+    """Another batch size runs something else in front."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Around()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x.relu() if x.shape[0] == 2 else x.tanh())
+
+
+class BranchesByBatch(Around):
+    """Another batch size leaves a branch out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.before(x)
+        if x.shape[0] != 2:
+            return self.behind(self.conv(y)).relu()
+        return self.behind(self.scaled(y) + self.conv(y)).relu()
+
+
+@pytest.mark.parametrize("build", [Around, AroundByBatch])
+def test_norms_around_branches_go_into_the_layer_that_these_become(
+    build: Callable[[], nn.Module],
+) -> None:
+    model, x = ready(build()), images(2, 4, 6, 5)
+    folded, report = ns.fold(model, inputs=(x,))
+    made = {label.removeprefix("inner."): fate for label, fate in fates(report).items()}
+    assert made["before"] == "groupnorm into consumers"
+    assert made["behind"] == "identity into producer"
+    assert not any(isinstance(module, Scaled) for module in folded.modules())
+    assert report.passed
+    for batch in (1, 2, 5):
+        assert differs(folded, model, images(batch, 4, 6, 5)) < EXACT
+    assert not ns.fold(folded, inputs=(x,))[1].plan.steps
+    again, _ = ns.fold(ready(build()), plan=ns.Plan.from_json(report.plan.to_json()), inputs=(x,))
+    assert differs(again, model, x) < EXACT
+
+
+def test_what_pads_with_zeros_takes_up_no_shift_but_the_norm_behind_goes() -> None:
+    model, x = ready(Around(padding=1)), images(2, 4, 6, 5)
+    folded, report = ns.fold(model, inputs=(x,))
+    made = fates(report)
+    assert made["before"].startswith(Check.ZERO_PADDING.value)
+    assert made["behind"] == "identity into producer"
+    assert differs(folded, model, images(5, 4, 6, 5)) < EXACT
+
+
+def test_a_branch_that_another_batch_leaves_out_keeps_the_norms() -> None:
+    model, x = ready(BranchesByBatch()), images(2, 4, 6, 5)
+    folded, _ = ns.fold(model, inputs=(x,))
+    for batch in (1, 2, 5):
+        assert differs(folded, model, images(batch, 4, 6, 5)) < EXACT

@@ -33,6 +33,7 @@ from normsurgery.fold.linearity import (
     picks,
     why_not,
 )
+from normsurgery.fold.merged_layers import on_merged_output
 from normsurgery.fold.norm_landings import on_norm_output
 from normsurgery.graph.flow import Node
 
@@ -57,6 +58,9 @@ class Backward:
         if node is None:
             raise Refused(Check.NO_NEIGHBOUR, f"{self.ground.name(value)} is no layer's output")
         self.changed.add(value)
+        for merged in (m for m in self.ground.merged if m.output == value):
+            self.ground.require_only(value, readers)
+            return [on_merged_output(self.ground, merged, channels, affine)]
         absorbed = self._norm(value, channels, affine)
         if absorbed is not None:
             self.ground.require_only(value, readers)

@@ -8,9 +8,10 @@ from typing import Any
 from normsurgery.find import Located
 from normsurgery.fold.agreement import agree
 from normsurgery.fold.checks import Check, NoMatch
-from normsurgery.fold.deciding import Decision, skip, take
+from normsurgery.fold.deciding import Decision, skip, take, take_merge
 from normsurgery.fold.edits import Centre, Fill
 from normsurgery.fold.ground import Choices, Ground, Refused
+from normsurgery.fold.parallel_branches import branch_sums
 from normsurgery.fold.residual_stream import stream_of
 from normsurgery.fold.rules import (
     Rule,
@@ -44,27 +45,34 @@ def confirmed(
 
 def _failed(ground: Ground, made: Step, steps: Sequence[Step]) -> tuple[str, ...]:
     """The labels of the step and of those that lean on it, unless it holds here as well."""
+    if made.rule == MERGED:
+        _take_merge(ground, made)
+        return ()
     if is_follower(made):
         return ()
     again = {site.label: site for site in ground.located.survey}
     labels = (made.site.label, *(site.label for site in followers(made, steps)))
     sites = [again[label] for label in labels if label in again]
-    if len(sites) < len(labels) and made.rule not in _HOLD_ANYWHERE:
-        return labels
-    if not sites:
+    if made.rule == "standalone affine":  # what the norm is, whatever surrounds it
         return ()
+    if len(sites) < len(labels):
+        return labels
     with as_one(ground, sites[0], sites[1:]):
         return () if _holds(ground, sites[0].index, made) else labels
 
 
-# A merge is proven on several batches; an affine is what the norm is, whatever surrounds it.
-_HOLD_ANYWHERE = (MERGED, "standalone affine")
+def _take_merge(ground: Ground, made: Step) -> None:
+    """The same branches are one layer here too. (That they are is proven, on several batches.)"""
+    if not made.edits:
+        return
+    for found in branch_sums(ground)[0]:
+        paths = [branch.path for branch in found.branches]
+        if found.label == made.site.label and paths == made.site.settings["branches"]:
+            take_merge(ground, found, made)
 
 
 def _holds(ground: Ground, place: int, made: Step) -> bool:
     """Whether the rule that made the step makes the same edits here; then it is taken as done."""
-    if made.rule in _HOLD_ANYWHERE:
-        return True
     if not ground.runs[place]:
         return False
     site = ground.site(place)

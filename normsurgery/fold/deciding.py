@@ -15,8 +15,9 @@ from normsurgery.fold.centring import centre
 from normsurgery.fold.checks import Check, NoMatch
 from normsurgery.fold.edits import Fill
 from normsurgery.fold.ground import Choices, Ground, Refused
+from normsurgery.fold.merged_layers import merged_layer, with_bias
 from normsurgery.fold.merging import merge_steps
-from normsurgery.fold.parallel_branches import branch_sums
+from normsurgery.fold.parallel_branches import BranchSum, branch_sums
 from normsurgery.fold.preconditions import (
     require,
     require_called_as,
@@ -57,18 +58,24 @@ class Decider:
             else Skip(site.label, NOT_SELECTED, "", site.kind)
             for site in ordered
         }
+        self._settle(ground, decided)
+        if self._merge(ground, chosen, decided):
+            self._settle(ground, decided)
+            self._give_biases(decided)
+        if self.choices.rmsnorm:
+            allowed = {s.index for s in sites if s.index in chosen and s.label not in self.refused}
+            for site in (site for site in ordered if site.index in allowed):
+                centre(ground, self.model, site, allowed, decided)
+        return list(decided.values())
+
+    def _settle(self, ground: Ground, decided: dict[int, Decision]) -> None:
+        """Until no norm that is left can go, alone or together with others."""
         self._try_again(ground, decided)
         while self._decide_together(ground, decided):
             self._try_again(ground, decided)
         for index, made in decided.items():  # a norm may have been given a weight since
             if isinstance(made, Step) and made.rule != MERGED:
                 decided[index] = replace(made, site=ground.site(index))
-        self._merge(ground, chosen, decided)
-        if self.choices.rmsnorm:
-            allowed = {s.index for s in sites if s.index in chosen and s.label not in self.refused}
-            for site in (site for site in ordered if site.index in allowed):
-                centre(ground, self.model, site, allowed, decided)
-        return list(decided.values())
 
     def _try_again(self, ground: Ground, decided: dict[int, Decision]) -> None:
         """What was in the way of one norm may itself be gone by now."""
@@ -80,7 +87,9 @@ class Decider:
                 if not _is_left(old) or not ground.runs[site.index]:
                     continue
                 new = self._decided(ground, site)
-                if isinstance(new, Step) and not _is_left(new):
+                if _is_left(new):
+                    decided[site.index] = new  # what is in the way now
+                else:
                     del decided[site.index]
                     decided[site.index] = new
                     changed = True
@@ -98,24 +107,19 @@ class Decider:
                 made = self._decided(ground, lead)
             if not isinstance(made, Step) or _is_left(made):
                 continue
-            steps = [
-                made,
-                *(
-                    replace(made, site=site, edits=(), notes=(f"with {lead.label}",))
-                    for site in others
-                ),
-            ]
-            for step in steps:
+            note = f"with {lead.label}"
+            led = [replace(made, site=site, edits=(), notes=(note,)) for site in others]
+            for step in (made, *led):
                 del decided[step.site.index]
                 decided[step.site.index] = step
             changed = True
         return changed
 
-    def _merge(self, ground: Ground, chosen: Collection[int], decided: dict[int, Decision]) -> None:
-        """Make one layer of parallel branches; a norm among them goes with them. Comes last: every
-        edit of a branch is done before."""
+    def _merge(self, ground: Ground, chosen: Collection[int], decided: dict[int, Decision]) -> bool:
+        """Make one layer of parallel branches; a norm among them goes with them. Comes when every
+        edit of a branch is done. Whether there were any."""
         if self.choices.keep_classes:
-            return
+            return False
         sums = [
             found
             for found in branch_sums(ground)[0]
@@ -124,9 +128,21 @@ class Decider:
         ]
         made = (step for step in decided.values() if isinstance(step, Step))
         planned = [edit for step in made for edit in step.edits]
-        for step in merge_steps(ground, sums, planned):
+        steps = merge_steps(ground, sums, planned)
+        for step in steps:
             decided.pop(step.site.index, None)
             decided[step.site.index] = step
+        for found, step in zip(sums, (step for step in steps if step.edits), strict=True):
+            take_merge(ground, found, step)
+        return bool(sums)
+
+    def _give_biases(self, decided: dict[int, Decision]) -> None:
+        """A merged layer has the bias from the start that a later fold wants of it."""
+        for index, made in list(decided.items()):
+            merges = [s for s in decided.values() if isinstance(s, Step) and s.rule == MERGED]
+            if isinstance(made, Step) and made.rule != MERGED:
+                changed, decided[index] = with_bias(merges, made)
+                decided.update({step.site.index: step for step in changed})
 
     def _decided(self, ground: Ground, site: Site) -> Decision:
         site = ground.site(site.index)
@@ -166,6 +182,12 @@ def _is_left(made: Decision) -> bool:
     if isinstance(made, Skip):
         return made.reason != NOT_SELECTED
     return made.rule == "standalone affine"
+
+
+def take_merge(ground: Ground, found: BranchSum, step: Step) -> None:
+    """From here on the branches are one layer."""
+    ground.merged.append(merged_layer(found, step))
+    ground.settled.update(site.index for site in found.identities)
 
 
 def take(ground: Ground, site: Site, proposal: Proposal) -> None:

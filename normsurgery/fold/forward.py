@@ -27,6 +27,7 @@ from normsurgery.fold.linearity import (
     pads_with_values,
     why_not,
 )
+from normsurgery.fold.merged_layers import on_merged_input
 from normsurgery.fold.norm_landings import on_norm_input
 from normsurgery.graph.flow import Node
 
@@ -54,6 +55,9 @@ class Forward:
         for run in self.ground.gone_from(value):
             passed |= {node.index for node in run.nodes}
             landings += self.consumers(run.end, channels, affine)
+        for merged in (m for m in self.ground.merged if m.source == value):
+            passed |= {node.index for node in merged.nodes}
+            landings.append(on_merged_input(self.ground, merged, channels, affine))
         for run in self.ground.going_from(value):
             landing = on_norm_input(self.ground, run, channels, affine)
             if landing is not None:

@@ -87,12 +87,33 @@ class Run:
     nodes: tuple[Node, ...]
 
 
+@dataclass(frozen=True)
+class MergedLayer:
+    """Parallel branches that are one layer from now on: everything that makes `output` of `source`.
+
+    weight, bias: the names of its tensors; the bias may have to be created. shape: of the weight.
+    channel_axis: that of input and output. pads: it pads its input with zeros.
+    """
+
+    source: int
+    output: int
+    nodes: tuple[Node, ...]
+    weight: str
+    bias: str
+    has_bias: bool
+    shape: tuple[int, ...]
+    channel_axis: int
+    groups: int
+    pads: bool
+
+
 @dataclass
 class Ground:
     """A recorded run as the rules see it; `gone` are norms that were folded away already.
 
     gone: the value a norm ended with -> the value it began with.
     settled: the sites whose own scale and shift have been folded away.
+    merged: the layers that parallel branches have become.
     created: biases that accepted folds create; untied: tensors that they make a copy of, with the
         nodes that read the copy.
     """
@@ -106,6 +127,7 @@ class Ground:
     settled: set[int] = field(default_factory=set)
     created: set[str] = field(default_factory=set)
     untied: dict[str, frozenset[int]] = field(default_factory=dict)
+    merged: list[MergedLayer] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.flow = Flow(self.located.recording)

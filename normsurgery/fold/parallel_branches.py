@@ -50,11 +50,12 @@ class Branch:
 class BranchSum:
     """A sum of branches that are one layer together.
 
-    owner: the path of the module whose forward adds them up; `call`: where. at: for each branch,
-    the place of its kernel in the merged one.
+    owner: the path of the module whose forward adds them up; `call`: where. output: the value of
+    the sum. at: for each branch, the place of its kernel in the merged one.
     """
 
     owner: str
+    output: int
     paths: tuple[str, ...]
     call: CallSite
     branches: tuple[Branch, ...]
@@ -222,6 +223,7 @@ def _branch_sum(ground: Ground, output: int, branches: Sequence[Branch]) -> Bran
         _require_own(ground, branch, owner)
     return BranchSum(
         owner=_path(ground, owner),
+        output=output,
         paths=ground.located.recording.paths[id(owner)],
         call=_call(ground, owner, node, output, ordered),
         branches=tuple(ordered),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def edit_weights(model: nn.Module, steps: Sequence[Step]) -> dict[str, Tensor]:
     results = edited(steps, before)
     merged = _of_merged(steps)
     # The branches get what the norms make of them: the merge is proven on them.
-    apart = [step for step in steps if step.rule != MERGED] if merged else steps
+    apart = [_without(step, merged) for step in steps if step.rule != MERGED] if merged else steps
     made = made_by(apart)
     for name, result in (edited(apart, before) if merged else results).items():
         _bind(model, name, result, None if name in made else before[name])
@@ -41,6 +42,11 @@ def _of_merged(steps: Sequence[Step]) -> set[str]:
     """The tensors of layers that are only made when their branches are merged."""
     edits = [edit for step in steps if step.rule == MERGED for edit in step.edits]
     return {edit.target for edit in edits if isinstance(edit, Create)}
+
+
+def _without(step: Step, targets: Collection[str]) -> Step:
+    """The step without its edits of these tensors."""
+    return replace(step, edits=tuple(edit for edit in step.edits if edit.target not in targets))
 
 
 def make_room(model: nn.Module, steps: Sequence[Step]) -> None:
