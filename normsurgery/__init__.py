@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from normsurgery.fold.checkpoint import fold_checkpoint
     from normsurgery.fold.folding import fold
     from normsurgery.inputs import Inputs
-    from normsurgery.plan import Plan, Step, plan
+    from normsurgery.plan import Plan, Step
     from normsurgery.report import Report
     from normsurgery.spec import Fidelity, Law, NormSpec, get, names, register
     from normsurgery.surgery import rebuild, swap
+    from normsurgery.surgery.planning import plan
     from normsurgery.survey import Site, Skip, Survey
     from normsurgery.verify import Evidence, verify
     from normsurgery.verify.blaming import blame
@@ -47,7 +48,7 @@ _HOMES = {
     "get": ("normsurgery.spec", "get"),
     "load": ("normsurgery.artefacts", "load_directory"),
     "names": ("normsurgery.spec", "names"),
-    "plan": ("normsurgery.plan", "plan"),
+    "plan": ("normsurgery.surgery.planning", "plan"),
     "rebuild": ("normsurgery.surgery", "rebuild"),
     "register": ("normsurgery.spec", "register"),
     "swap": ("normsurgery.surgery", "swap"),

@@ -11,9 +11,9 @@ from models.traps import Convolutional, Parts, SharedWeight, Tied, nothing_neutr
 from torch import nn
 
 from normsurgery.errors import UsageError
-from normsurgery.plan import plan
 from normsurgery.surgery.application import Applied, apply
 from normsurgery.surgery.keymap import KeyMap, Move
+from normsurgery.surgery.planning import plan
 from normsurgery.survey import Site, Survey
 from normsurgery.treecopy import tree_copy
 

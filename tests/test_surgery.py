@@ -31,10 +31,11 @@ from torch.nn.utils import parametrize
 
 import normsurgery as ns
 from normsurgery.errors import CannotRead, CannotTrace, UsageError
-from normsurgery.plan import Plan, plan
+from normsurgery.plan import Plan
 from normsurgery.precision import float64_copy
 from normsurgery.report import Report
 from normsurgery.surgery.application import Applied, apply
+from normsurgery.surgery.planning import plan
 from normsurgery.treecopy import tree_copy
 from normsurgery.verify import judge
 

@@ -18,9 +18,10 @@ from normsurgery.fold.parametrizations import apply_baked, baked_steps
 from normsurgery.fold.unlisted import is_unlisted, with_unlisted
 from normsurgery.fold.untying import with_own_copies
 from normsurgery.inputs import Inputs
-from normsurgery.plan import Plan, Step, versions, with_children
+from normsurgery.plan import Plan, Step, versions
 from normsurgery.selection import is_meant, select
 from normsurgery.spec import Fidelity
+from normsurgery.surgery.planning import with_children
 from normsurgery.survey import Skip, Survey
 from normsurgery.treecopy import tree_copy
 

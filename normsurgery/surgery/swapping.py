@@ -13,8 +13,7 @@ from torch.export import ExportedProgram
 
 from normsurgery.artefacts.checkpoints import CONFIG_KEY
 from normsurgery.errors import NormsurgeryError, UsageError
-from normsurgery.plan import Init, Plan, check_promise, versions
-from normsurgery.plan import plan as make_plan
+from normsurgery.plan import Init, Plan, versions
 from normsurgery.randomstate import random_state_kept
 from normsurgery.report import Report
 from normsurgery.selection import Rule, as_rules
@@ -24,6 +23,8 @@ from normsurgery.surgery.calls import recorded_calls
 from normsurgery.surgery.inherit import hooked_parameters
 from normsurgery.surgery.journal import Journal
 from normsurgery.surgery.keymap import KeyMap
+from normsurgery.surgery.planning import check_promise
+from normsurgery.surgery.planning import plan as make_plan
 from normsurgery.surgery.programs import apply_to_program
 from normsurgery.surgery.remember import config_of, remember
 from normsurgery.surgery.statistics import estimate_statistics
