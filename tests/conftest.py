@@ -1,17 +1,22 @@
-"""Rules for the whole run: one thread per worker, and no skip that is not on the committed list."""
+"""Rules for the whole run: one thread per worker, no skip that is not on the committed list, and
+torch's list of ONNX functions read from their sources once, not at every export."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+import sys
+from collections.abc import Callable, Generator
 from functools import cache
 from pathlib import Path
+from types import FunctionType
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from hypothesis import settings
 
+APIS = "onnxscript._framework_apis."
 ALLOWED_SKIPS = Path(__file__).with_name("allowed_skips.txt")
 
 settings.register_profile("normsurgery", deadline=None, derandomize=True)
@@ -72,3 +77,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     for item in marked:
         item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_runtest_setup() -> None:
+    """onnxscript parses the sources of its 500 functions again whenever torch asks for the list,
+    which is half of the time of a small export. The list is only read."""
+    for name, api in list(sys.modules.items()):
+        listing = vars(api).get("get_torchlib_ops") if name.startswith(APIS) else None
+        if isinstance(listing, FunctionType):
+            api.get_torchlib_ops = _once(listing)  # type: ignore[attr-defined]
+
+
+@cache
+def _once(listing: Callable[[], Any]) -> Callable[[], Any]:
+    return cache(listing)
