@@ -257,6 +257,71 @@ def test_a_call_that_computes_with_the_batch_takes_up_nothing() -> None:
     assert differs(folded, model, x) < EXACT
 
 
+class Scaled(nn.Module):
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.by = nn.Parameter(torch.ones(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.by
+
+
+class OneOfItsOwn(nn.Module):
+    """A norm without a weight is called twice, a learned scale behind one of the calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.scaled = nn.BatchNorm2d(4, affine=False), Scaled(4, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.scaled(self.norm(x.relu())).relu()).relu()
+
+
+class OnItself(nn.Module):
+    """A norm without a weight reads what it gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.norm(self.conv(x)))
+
+
+@pytest.mark.parametrize("build", [OneOfItsOwn, OnItself])
+def test_a_weight_is_created_for_all_calls_of_a_norm_or_for_none(
+    build: Callable[[], nn.Module],
+) -> None:
+    model, x = ready(build()), images(2, 4, 6, 5)
+    folded, report = ns.fold(model, inputs=(x,))
+    assert fates(report)["norm"] == "affine standalone affine"
+    assert differs(folded, model, images(5, 4, 6, 5)) < EXACT
+
+
+class ReadByBatch(nn.Module):
+    """One image alone takes another way past `first`, whose scale `second` would take up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.BatchNorm2d(4), nn.BatchNorm2d(4, affine=False)
+        self.conv = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x.relu())
+        y = self.second(x).relu()
+        return y * (self.conv(x) if x.shape[0] != 1 else x.tanh()).sigmoid()
+
+
+def test_what_another_batch_refuses_is_decided_again_without() -> None:
+    model, x = ready(ReadByBatch()), images(2, 4, 6, 5)
+    folded, report = ns.fold(model, inputs=(x,), assume_inputs=True)
+    assert set(fates(report).values()) == {"affine standalone affine"}
+    assert any("the batch size decides" in note for s in report.plan.steps for note in s.notes)
+    for batch in (1, 2, 5):
+        assert differs(folded, model, images(batch, 4, 6, 5)) < EXACT
+    assert not ns.fold(folded, inputs=(x,), assume_inputs=True)[1].plan.steps
+
+
 class Padded(nn.Module):
     """The reader of `first` is replaced by a padding before `first` can be decided."""
 
@@ -282,15 +347,6 @@ def test_a_norm_that_became_a_padding_takes_up_nothing_more() -> None:
 # --- norms around branches that become one layer ------------------------------------------------
 
 
-class Scaled(nn.Module):
-    def __init__(self, *shape: int) -> None:
-        super().__init__()
-        self.by = nn.Parameter(torch.ones(shape))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.by
-
-
 class Around(nn.Module):
     """`before` -> the input itself, scaled, plus a convolution without a bias -> `behind`."""
 
@@ -314,6 +370,14 @@ class AroundByBatch(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.inner(x.relu() if x.shape[0] == 2 else x.tanh())
+
+
+class BehindByBatch(AroundByBatch):
+    """The same; what is behind the branches wants a bias of the layer that they become."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner.before = nn.Tanh()
 
 
 class BranchesByBatch(Around):
@@ -342,6 +406,14 @@ def test_norms_around_branches_go_into_the_layer_that_these_become(
     assert not ns.fold(folded, inputs=(x,))[1].plan.steps
     again, _ = ns.fold(ready(build()), plan=ns.Plan.from_json(report.plan.to_json()), inputs=(x,))
     assert differs(again, model, x) < EXACT
+
+
+def test_a_bias_that_a_merged_layer_is_given_later_holds_for_another_batch() -> None:
+    model, x = ready(BehindByBatch()), images(2, 4, 6, 5)
+    folded, report = ns.fold(model, inputs=(x,))
+    assert fates(report)["inner.behind"] == "identity into producer"
+    for batch in (1, 2, 5):
+        assert differs(folded, model, images(batch, 4, 6, 5)) < EXACT
 
 
 def test_what_pads_with_zeros_takes_up_no_shift_but_the_norm_behind_goes() -> None:

@@ -237,3 +237,37 @@ def test_a_graph_in_train_mode_is_refused():
     graph = fx.symbolic_trace(ready(ConvNormRelu()).train())
     with pytest.raises(UsageError, match="train mode"):
         ns.fold(graph, inputs=(example(IMAGES),))
+
+
+class OneIntoTheOther(nn.Module):
+    """The first norm goes into the second one's tensors, of which an affine is made then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = nn.Conv2d(4, 4, 1)
+        for j in "12":
+            setattr(self, f"w{j}", nn.Parameter(torch.rand(4) + 0.5))
+            setattr(self, f"b{j}", nn.Parameter(torch.rand(4)))
+            self.register_buffer(f"m{j}", torch.rand(4))
+            self.register_buffer(f"v{j}", torch.rand(4) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.batch_norm(x.relu(), self.m1, self.v1, self.w1, self.b1)
+        z = F.batch_norm(y, self.m2, self.v2, self.w2, self.b2)
+        return z.relu() * self.c(y).sigmoid()
+
+
+def test_an_affine_is_made_of_edited_tensors() -> None:
+    model = OneIntoTheOther().double().eval()
+    example = torch.randn(2, 4, 5, 6, dtype=torch.float64)
+    program = torch.export.export(model, (example,), dynamic_shapes=({0: Dim("n")},))
+    before = {name: tensor.clone() for name, tensor in program.state_dict.items()}
+    folded, report = ns.fold(program, inputs=(example,))
+    rules = [step.rule for step in report.plan.steps]
+    assert report.passed and rules == ["into consumers", "standalone affine"]
+    assert all(torch.equal(before[name], t) for name, t in program.state_dict.items())
+    for batch in (2, 3, 5):
+        x = torch.randn(batch, 4, 5, 6, dtype=torch.float64)
+        with torch.no_grad():
+            torch.testing.assert_close(folded.module()(x), model(x), rtol=BOUND, atol=BOUND)
+    assert not ns.fold(folded, inputs=(example,), verify=False)[1].plan.steps

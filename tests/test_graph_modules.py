@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+import normsurgery as ns
 from normsurgery.errors import CannotRewrite
-from normsurgery.surgery.owner.graphs import rewrite_exported, rewrite_graph_module
+from normsurgery.surgery.owner.exported import rewrite_exported
+from normsurgery.surgery.owner.graphs import rewrite_graph_module
 from normsurgery.survey import CallSite, Origin, Site
 
 C = 12
@@ -301,3 +303,41 @@ def test_exported_norm_becomes_nothing():
     expected_output = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6) * block.gain
     equal(expected_output, changed.module()(x))
     assert "weight" not in changed.state_dict
+
+
+class Twice(nn.Module):
+    """Two functional norms of which one goes into the other, and a weight that gets a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 4, 1, 1))
+        self.c = nn.Conv2d(4, 4, 1)
+        for j in "12":
+            setattr(self, f"w{j}", nn.Parameter(torch.rand(4) + 0.5))
+            setattr(self, f"b{j}", nn.Parameter(torch.rand(4)))
+            self.register_buffer(f"m{j}", torch.rand(4))
+            self.register_buffer(f"v{j}", torch.rand(4) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.conv2d(x, self.w)
+        y = F.batch_norm(x, self.m1, self.v1, self.w1, self.b1).relu()
+        z = F.batch_norm(y, self.m2, self.v2, self.w2, self.b2)
+        return z.relu() * self.c(y).sigmoid()
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_fold_in_place_is_undone(inside: bool) -> None:
+    graph = fx.symbolic_trace(Twice().double().eval())
+    model = nn.Sequential(nn.ReLU(), graph) if inside else graph
+    model.eval()
+    inputs = torch.randn(2, 4, 5, 6, dtype=torch.float64)
+    wanted, old, code = model(inputs), graph.graph, graph.code
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    _, report = ns.fold(model, inputs=(inputs,), inplace=True)
+    assert len(report.plan.steps) == 2 and "w_bias" in dict(graph.named_parameters())
+    torch.testing.assert_close(model(inputs), wanted)
+    report.undo()
+    assert graph.graph is old and graph.code == code
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+    assert torch.equal(model(inputs), wanted)

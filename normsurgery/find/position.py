@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Sequence
 from types import CodeType, FunctionType
 
 from torch import fx, nn
@@ -63,6 +64,30 @@ def call_site(
         input=_origin(recording, start, begin, frame.serial, function),
         region=tuple(dict.fromkeys(f.span for f in spans if f is not None and f.span)),
     )
+
+
+def by_place(original: nn.Module, owner: nn.Module, events: Sequence[Event]) -> list[list[Event]]:
+    """The events by the expression of the owner's forward that runs them.
+
+    A helper that the forward calls at two places stands at both, and each of them is rewritten by
+    itself; what a loop runs again stands at one.
+    """
+    found: dict[Span | None, list[Event]] = {}
+    for event in events:
+        frame = _forward_frame(original, owner, event.frames)
+        found.setdefault(None if frame is None else frame.span, []).append(event)
+    return list(found.values())
+
+
+def require_last_of_its_place(
+    recording: Recording, original: nn.Module, owner: nn.Module, event: Event
+) -> None:
+    """Raises NotProven where a helper does more after the event, in this one of its runs."""
+    frame = _forward_frame(original, owner, event.frames)
+    if frame is None or event.frames[0].serial == frame.serial:
+        return  # no helper: the expression is the norm's own
+    if not _is_value_of(recording, event.output, frame):
+        raise NotProven("the method that normalises does more in some of its runs")
 
 
 def _forward_frame(

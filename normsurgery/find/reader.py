@@ -19,9 +19,10 @@ from normsurgery.find.candidates import (
     prove_region,
 )
 from normsurgery.find.casts import cast_order
+from normsurgery.find.counters import counter
 from normsurgery.find.events import SAME_NUMBERS, Event, plain, schema_name
 from normsurgery.find.places import absorbable
-from normsurgery.find.position import call_site
+from normsurgery.find.position import by_place, call_site, require_last_of_its_place
 from normsurgery.find.proof import Proof
 from normsurgery.graph import ModuleCall, Op, Recording, Ref
 from normsurgery.graph.operations import as_data
@@ -146,11 +147,16 @@ class Reader:
         if whole is not None:
             yield ("module", whole.path), whole
             return
+        for part in by_place(self._original(owner), owner, group):
+            yield from self._part(part, owner)
+
+    def _part(self, group: Sequence[Event], owner: nn.Module) -> Iterator[tuple[Key, Site]]:
+        """What stands at one place of the owner's forward."""
         try:
             site, ends = self._expression(group, owner)
         except NotProven as error:
-            if not first.frozen:
-                self._skip(first, owner, str(error))
+            if not group[0].frozen:
+                self._skip(group[0], owner, str(error))
             return
         # Of a formula, only the first run was proven to end where its region ends.
         if site.form == "call" or len(group) == 1:
@@ -167,7 +173,8 @@ class Reader:
             hint="It is left as it is. Register a norm with this formula to have it recognised.",
             kind=event.kind or "",
         )
-        self.skips.append(skip)
+        if skip not in self.skips:  # a helper may normalise at several places
+            self.skips.append(skip)
 
     def _original(self, module: nn.Module) -> nn.Module:
         return self.tree.modules[self.recording.path(module)]
@@ -245,29 +252,11 @@ class Reader:
         made = replace(
             site,
             kind=event.kind or "",
-            parameters={**parameters, **self._counter(parameters)},
+            parameters={**parameters, **counter(self.recording, parameters)},
             settings=dict(event.settings or {}),
             found_by="run",
         )
         return made, tuple((e.input, e.output) for e in group)
-
-    def _counter(self, parameters: Mapping[str, str]) -> dict[str, str]:
-        """The batch counter beside running statistics, which no call is given.
-
-        Only a counter that the run advanced belongs to the norm: a forward may leave it alone.
-        """
-        if "running_mean" not in parameters:
-            return {}
-        path = parameters["running_mean"].rpartition(".")[0]
-        buffers = self.recording.model.get_submodule(path).named_buffers(path, recurse=False)
-        counters = {n for n, b in buffers if b.dim() == 0 and not b.is_floating_point()}
-        values = self.recording.values
-        advanced = [
-            values[op.inputs[0]].name
-            for op in self.recording.ops
-            if op.inputs and op.target._schema.is_mutable and values[op.inputs[0]].name in counters
-        ]
-        return {"num_batches_tracked": advanced[0]} if advanced and advanced[0] else {}
 
     def _call_site(
         self,
@@ -278,6 +267,8 @@ class Reader:
         start: int,
     ) -> Site:
         original = self._original(owner)
+        for other in group[1:]:
+            require_last_of_its_place(self.recording, original, owner, other)
         call = call_site(self.recording, original, owner, group[0], output, ops, start)
         return Site(
             index=0,

@@ -47,3 +47,6 @@ class NoMatch:
     @property
     def reason(self) -> str:
         return f"{self.check.value}: {self.where}" if self.where else self.check.value
+
+
+BY_BATCH = NoMatch(Check.HIDDEN_BRANCH, "the batch size decides what runs")

@@ -7,7 +7,8 @@ from typing import Any
 
 from normsurgery.find import Located
 from normsurgery.fold.agreement import agree
-from normsurgery.fold.checks import Check, NoMatch
+from normsurgery.fold.branch_surroundings import belong_to
+from normsurgery.fold.checks import BY_BATCH
 from normsurgery.fold.deciding import Decision, skip, take, take_merge
 from normsurgery.fold.edits import Centre, Fill
 from normsurgery.fold.ground import Choices, Ground, Refused
@@ -22,8 +23,6 @@ from normsurgery.fold.rules import (
 from normsurgery.fold.twins import as_one, followers, is_follower
 from normsurgery.graph import Recording
 from normsurgery.plan import MERGED, Step
-
-BY_BATCH = NoMatch(Check.HIDDEN_BRANCH, "the batch size decides what runs")
 
 
 def confirmed(
@@ -69,6 +68,7 @@ def _take_merge(ground: Ground, made: Step) -> None:
         paths = [branch.path for branch in found.branches]
         if found.label == made.site.label and paths == made.site.settings["branches"]:
             take_merge(ground, found, made)
+            belong_to(ground, found)
 
 
 def _holds(ground: Ground, place: int, made: Step) -> bool:

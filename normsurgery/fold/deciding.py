@@ -11,13 +11,14 @@ from normsurgery.errors import CannotConvert
 from normsurgery.find import Located
 from normsurgery.fold.acceptance import accepted, last_axis_of
 from normsurgery.fold.affines import is_affine
+from normsurgery.fold.branch_surroundings import Merging, belong_to
 from normsurgery.fold.centring import centre
-from normsurgery.fold.checks import Check, NoMatch
+from normsurgery.fold.checks import BY_BATCH, Check, NoMatch
 from normsurgery.fold.edits import Fill
 from normsurgery.fold.ground import Choices, Ground, Refused
-from normsurgery.fold.merged_layers import merged_layer, with_bias
+from normsurgery.fold.merged_layers import merged_layer, with_unpadded
 from normsurgery.fold.merging import merge_steps
-from normsurgery.fold.parallel_branches import BranchSum, branch_sums
+from normsurgery.fold.parallel_branches import BranchSum
 from normsurgery.fold.preconditions import (
     require,
     require_called_as,
@@ -26,6 +27,8 @@ from normsurgery.fold.rules import (
     AFFINE_RULES,
     TAIL_RULES,
     Proposal,
+    Rule,
+    standalone,
 )
 from normsurgery.fold.twins import as_one, twins
 from normsurgery.plan import MERGED, Step
@@ -51,22 +54,38 @@ class Decider:
     def decide(self, located: Located, chosen: Collection[int]) -> list[Decision]:
         ground = Ground(located, self.choices)
         sites = _in_order(ground)
-        ordered = [s for s in sites if is_affine(s)] + [s for s in sites if not is_affine(s)]
-        decided = {
-            site.index: self._decided(ground, site)
-            if site.index in chosen
-            else Skip(site.label, NOT_SELECTED, "", site.kind)
-            for site in ordered
-        }
-        self._settle(ground, decided)
-        if self._merge(ground, chosen, decided):
+        affine, rest = ([s for s in sites if is_affine(s) is whole] for whole in (True, False))
+        decided: dict[int, Decision] = {}
+        self._begin(ground, affine, chosen, decided)
+        # The other norms do not go, and so keep branches apart in any case. Their scale and shift
+        # go into the layer that branches become: a centred stream wants that layer made before.
+        merged = self._merge(ground, chosen, decided)
+        if merged:
             self._settle(ground, decided)
-            self._give_biases(decided)
+        self._begin(ground, rest, chosen, decided)
+        if merged:
+            decided = with_unpadded(decided)
         if self.choices.rmsnorm:
             allowed = {s.index for s in sites if s.index in chosen and s.label not in self.refused}
-            for site in (site for site in ordered if site.index in allowed):
+            for site in (site for site in (*affine, *rest) if site.index in allowed):
                 centre(ground, self.model, site, allowed, decided)
         return list(decided.values())
+
+    def _begin(
+        self,
+        ground: Ground,
+        sites: Sequence[Site],
+        chosen: Collection[int],
+        decided: dict[int, Decision],
+    ) -> None:
+        """Decide these sites, and again those that were decided before and that are left."""
+        for site in sites:
+            decided[site.index] = (
+                self._decided(ground, site)
+                if site.index in chosen
+                else Skip(site.label, NOT_SELECTED, "", site.kind)
+            )
+        self._settle(ground, decided)
 
     def _settle(self, ground: Ground, decided: dict[int, Decision]) -> None:
         """Until no norm that is left can go, alone or together with others."""
@@ -82,7 +101,7 @@ class Decider:
         changed = True
         while changed:
             changed = False
-            for site in list(ground.located.survey):
+            for site in [s for s in ground.located.survey if s.index in decided]:
                 old = decided[site.index]
                 if not _is_left(old) or not ground.runs[site.index]:
                     continue
@@ -99,7 +118,8 @@ class Decider:
         left = [
             site
             for site in ground.located.survey
-            if _is_left(decided[site.index]) and ground.runs[site.index]
+            if site.index in decided and _is_left(decided[site.index])
+            if ground.runs[site.index]
         ]
         changed = False
         for lead, *others in twins(left):
@@ -120,12 +140,8 @@ class Decider:
         edit of a branch is done. Whether there were any."""
         if self.choices.keep_classes:
             return False
-        sums = [
-            found
-            for found in branch_sums(ground)[0]
-            if found.label not in self.refused
-            and all(site.index in chosen for site in found.identities)
-        ]
+        merging = Merging(ground, self.model, self.around)
+        sums, _ = merging.sums(chosen, self.refused)
         made = (step for step in decided.values() if isinstance(step, Step))
         planned = [edit for step in made for edit in step.edits]
         steps = merge_steps(ground, sums, planned)
@@ -134,26 +150,20 @@ class Decider:
             decided[step.site.index] = step
         for found, step in zip(sums, (step for step in steps if step.edits), strict=True):
             take_merge(ground, found, step)
+            belong_to(ground, found)
         return bool(sums)
-
-    def _give_biases(self, decided: dict[int, Decision]) -> None:
-        """A merged layer has the bias from the start that a later fold wants of it."""
-        for index, made in list(decided.items()):
-            merges = [s for s in decided.values() if isinstance(s, Step) and s.rule == MERGED]
-            if isinstance(made, Step) and made.rule != MERGED:
-                changed, decided[index] = with_bias(merges, made)
-                decided.update({step.site.index: step for step in changed})
 
     def _decided(self, ground: Ground, site: Site) -> Decision:
         site = ground.site(site.index)
-        if site.label in self.refused:
-            return skip(site, [self.refused[site.label]])
-        failed: list[NoMatch] = []
+        refused = self.refused.get(site.label)
+        if refused not in (None, BY_BATCH):
+            return skip(site, [refused])
+        failed: list[NoMatch] = [] if refused is None else [refused]
         try:
             require(ground, self.model, site, self.around)
         except Refused as refusal:
             return skip(site, [refusal.match])
-        for rule in AFFINE_RULES if is_affine(site) else TAIL_RULES:
+        for rule in self._rules(site):
             try:
                 proposal = rule(ground, site)
                 runs = ground.runs[site.index]
@@ -175,6 +185,12 @@ class Decider:
             take(ground, site, proposal)
             return made
         return skip(site, failed)
+
+    def _rules(self, site: Site) -> Sequence[Rule]:
+        """What batch it is given does not change what a norm is, only where it can go."""
+        if self.refused.get(site.label) == BY_BATCH:
+            return (standalone,) if is_affine(site) else ()
+        return AFFINE_RULES if is_affine(site) else TAIL_RULES
 
 
 def _is_left(made: Decision) -> bool:

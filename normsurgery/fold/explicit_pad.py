@@ -13,8 +13,16 @@ from torch import Tensor
 
 from normsurgery.fold.channel_pad import CONVOLUTIONS
 from normsurgery.fold.checks import Check
-from normsurgery.fold.ground import Affine, Ground, Landing, Refused, is_torch_layer
+from normsurgery.fold.ground import (
+    Affine,
+    Ground,
+    Landing,
+    MergedLayer,
+    Refused,
+    is_torch_layer,
+)
 from normsurgery.fold.landings import CONVOLUTION, layer, on_input
+from normsurgery.fold.merged_layers import on_merged_input
 from normsurgery.graph.flow import Node
 
 PADDING, TRANSPOSED = 4, 6  # places among the arguments of a convolution
@@ -38,9 +46,8 @@ class Padded:
 
 def padded_readers(ground: Ground, value: int, channels: Tensor, affine: Affine) -> Padded:
     """Everything that reads the value. Raises Refused; NO_NEIGHBOUR where nothing pads it."""
-    readers = [_Reader.of(ground, value, node) for node in ground.flow.readers(value)]
-    convolutions = [reader for reader in readers if reader.convolution is not None]
-    if not any(any(reader.amounts) for reader in convolutions):
+    readers = _readers(ground, value)
+    if not any(any(reader.amounts) for reader in readers if reader.is_convolution):
         raise Refused(Check.NO_NEIGHBOUR, "no convolution that pads reads its output")
     if value in ground.flow.returned:
         raise Refused(Check.RETURNED, ground.name(value))
@@ -51,9 +58,9 @@ def padded_readers(ground: Ground, value: int, channels: Tensor, affine: Affine)
         where = f"the size of {ground.name(value)} is read, which an explicit padding changes"
         raise Refused(Check.ZERO_PADDING, where)
     amounts = _common(ground, readers)
-    found = [_required(ground, value, reader) for reader in readers]
+    found = [_landing(ground, value, reader, channels, affine) for reader in readers]
     return Padded(
-        tuple(on_input(ground, _unpadded(ground, node), channels, affine) for node, _ in found),
+        tuple(landing for landing, _ in found),
         amounts,
         tuple(dict.fromkeys(path for _, path in found)),
         changed,
@@ -65,13 +72,19 @@ def padded_readers(ground: Ground, value: int, channels: Tensor, affine: Affine)
 class _Reader:
     """A node that reads the value; `convolution` is it, or what follows its own padding.
 
-    between: the value that the padding gives, where it is a node of its own.
+    between: the value that the padding gives, where it is a node of its own. merged: the layer that
+    parallel branches have become, instead of a convolution; `node` is one of theirs.
     """
 
     node: Node
     convolution: Node | None
     amounts: tuple[int, ...]
     between: tuple[int, ...] = ()
+    merged: MergedLayer | None = None
+
+    @property
+    def is_convolution(self) -> bool:
+        return self.convolution is not None or self.merged is not None
 
     @classmethod
     def of(cls, ground: Ground, value: int, node: Node) -> _Reader:
@@ -91,17 +104,30 @@ class _Reader:
         return cls(node, after[0], both, (padded,))
 
 
+def _readers(ground: Ground, value: int) -> list[_Reader]:
+    merged = [found for found in ground.merged if found.source == value]
+    inside = {node.index for found in merged for node in found.nodes}
+    outside = [node for node in ground.flow.readers(value) if node.index not in inside]
+    return [
+        *(_Reader.of(ground, value, node) for node in outside),
+        *(_Reader(m.nodes[-1], None, _as_given(m.padding), merged=m) for m in merged),
+    ]
+
+
 def _amounts(node: Node, dimensions: int) -> tuple[int, ...]:
     """What a convolution pads, as F.pad takes it."""
     given = [int(size) for size in node.args[PADDING]]
-    given *= dimensions // len(given)
-    return tuple(size for size in reversed(given) for _ in range(2))
+    return _as_given(given * (dimensions // len(given)))
+
+
+def _as_given(padding: Sequence[int]) -> tuple[int, ...]:
+    return tuple(size for size in reversed(padding) for _ in range(2))
 
 
 def _common(ground: Ground, readers: Sequence[_Reader]) -> tuple[int, ...]:
     """What all readers pad. Raises Refused."""
     for reader in readers:
-        if reader.convolution is None:
+        if not reader.is_convolution:
             name = reader.node.name.removeprefix("aten::")
             raise Refused(
                 Check.ZERO_PADDING,
@@ -117,6 +143,17 @@ def _common(ground: Ground, readers: Sequence[_Reader]) -> tuple[int, ...]:
                 "different amounts",
             )
     return first.amounts
+
+
+def _landing(
+    ground: Ground, value: int, reader: _Reader, channels: Tensor, affine: Affine
+) -> tuple[Landing, str]:
+    """On the convolution as if it did not pad, and the path of its module. Raises Refused."""
+    if reader.merged is not None:
+        unpadded = replace(reader.merged, padding=())
+        return on_merged_input(ground, unpadded, channels, affine), unpadded.path
+    node, path = _required(ground, value, reader)
+    return on_input(ground, _unpadded(node), channels, affine), path
 
 
 def _required(ground: Ground, value: int, reader: _Reader) -> tuple[Node, str]:
@@ -139,7 +176,7 @@ def _required(ground: Ground, value: int, reader: _Reader) -> tuple[Node, str]:
     return node, ground.located.recording.path(module)
 
 
-def _unpadded(ground: Ground, node: Node) -> Node:
+def _unpadded(node: Node) -> Node:
     """The convolution as it is with nothing left to pad."""
     none = [0] * len(node.args[PADDING])
     return replace(node, args=(*node.args[:PADDING], none, *node.args[PADDING + 1 :]))

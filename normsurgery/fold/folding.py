@@ -14,7 +14,7 @@ from normsurgery.fold.checks import Check, NoMatch
 from normsurgery.fold.editing import CannotHold
 from normsurgery.fold.ground import Choices
 from normsurgery.fold.planning import plan_fold
-from normsurgery.fold.programs import folded_program
+from normsurgery.fold.programs import folded_program, with_companions
 from normsurgery.fold.pruning import prune_identities
 from normsurgery.fold.speed import measure_speed
 from normsurgery.inputs import as_inputs, infer
@@ -196,6 +196,9 @@ def _carried_out(
         impossible = _impossible(made, applied)
         if not impossible:
             return applied
+        if plan is None and impossible.keys() <= refused.keys():
+            # A step that was decided together with others: without these it is not there.
+            impossible = with_companions(made, impossible)
         if plan is not None or impossible.keys() <= refused.keys():
             label, match = next(iter(impossible.items()))
             raise UsageError(f"{label}: {match.reason}. Make a new plan without it (exclude).")
@@ -210,12 +213,12 @@ def _apply(original: nn.Module, working: nn.Module, plan: Plan, inputs: Inputs) 
 
 def _impossible(plan: Plan, applied: Applied) -> dict[str, NoMatch]:
     """Labels of the steps that were not carried out, with the reason."""
-    done = {step.site.label for step in applied.plan.steps}
+    done = {id(step) for step in applied.plan.steps}  # two steps may have one label
     reasons = {skip.path: skip.reason for skip in applied.plan.skips}
     return {
         step.site.label: NoMatch(Check.NOT_REWRITABLE, _without_head(reasons[step.site.label]))
         for step in plan.steps
-        if step.site.label not in done and not _is_part_of_merge(step)
+        if id(step) not in done and not _is_part_of_merge(step)
     }
 
 

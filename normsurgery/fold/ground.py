@@ -92,7 +92,7 @@ class MergedLayer:
     """Parallel branches that are one layer from now on: everything that makes `output` of `source`.
 
     weight, bias: the names of its tensors; the bias may have to be created. shape: of the weight.
-    channel_axis: that of input and output. pads: it pads its input with zeros.
+    channel_axis: that of input and output. padding: with zeros, by spatial dimension.
     """
 
     source: int
@@ -104,7 +104,16 @@ class MergedLayer:
     shape: tuple[int, ...]
     channel_axis: int
     groups: int
-    pads: bool
+    padding: tuple[int, ...]
+
+    @property
+    def pads(self) -> bool:
+        return any(self.padding)
+
+    @property
+    def path(self) -> str:
+        """Of the module that it will be."""
+        return self.weight.removesuffix(".weight")
 
 
 @dataclass
@@ -170,13 +179,20 @@ class Ground:
         return tuple(self.ends[end] for end, start in self.gone.items() if start == value)
 
     def going_from(self, value: int) -> tuple[Run, ...]:
-        """The runs of norms that begin with this value, and are still what they were."""
+        """The runs of norms that begin with this value, and are still what they were.
+
+        One of which nothing comes is left out, as it is among the readers of the value.
+        """
         return tuple(
             run
             for run in self.ends.values()
             if run.start == value and run.end not in self.gone
-            if run.site.index not in self.settled
+            if run.site.index not in self.settled and self._is_wanted(run.end)
         )
+
+    def _is_wanted(self, value: int) -> bool:
+        flow = self.flow
+        return bool(flow.readers(value)) or value in flow.returned or value in flow.kept
 
     def path(self, node: Node) -> str:
         """Where a node stands, for people."""

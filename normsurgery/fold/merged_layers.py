@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
 
+from normsurgery.fold.channels import vector
 from normsurgery.fold.checks import Check
-from normsurgery.fold.edits import AddProduct, Create, Edit, Scale, Shift
+from normsurgery.fold.edits import AddProduct, Centre, Create, Edit, Scale, Shift
 from normsurgery.fold.ground import Affine, Ground, Landing, MergedLayer, Refused
 from normsurgery.fold.landings import affine_at
 from normsurgery.fold.parallel_branches import BranchSum
-from normsurgery.plan import Step
+from normsurgery.plan import MERGED, Step
+from normsurgery.survey import Skip
 
 
 def merged_layer(found: BranchSum, step: Step) -> MergedLayer:
@@ -31,7 +33,7 @@ def merged_layer(found: BranchSum, step: Step) -> MergedLayer:
         shape=tuple(step.options["shape"]),
         channel_axis=first.channel_axis,
         groups=int(step.options["groups"]),
-        pads=any(step.options["padding"]),
+        padding=tuple(step.options["padding"]),
     )
 
 
@@ -44,7 +46,8 @@ def on_merged_input(
     if placed.shift is not None:
         if merged.pads:
             where = ground.path(merged.nodes[-1])
-            raise Refused(Check.ZERO_PADDING, f"{where} and its parallel branches pad with zeros")
+            why = f"{where} and its parallel branches pad with zeros"
+            raise Refused(Check.ZERO_PADDING, why, _hint(ground, merged))
         shift = AddProduct(merged.bias, merged.weight, placed.shift, 1, 0, merged.groups)
         edits += [*_created(ground, merged), shift]
     if placed.scale is not None:
@@ -66,6 +69,24 @@ def on_merged_output(
     return Landing(merged.nodes, (), tuple(edits))
 
 
+def on_merged_mean(ground: Ground, merged: MergedLayer, channels: Tensor) -> Landing:
+    """The layer gives its output less the mean of that over the channels. Raises Refused."""
+    if vector(channels, merged.channel_axis) is None or merged.groups > 1:
+        raise Refused(Check.RESIDUAL, f"{ground.path(merged.nodes[-1])} writes along another axis")
+    edits = [Centre(merged.weight, 0)]
+    edits += [Centre(merged.bias, 0)] if _has_bias(ground, merged) else []
+    return Landing(merged.nodes, (), tuple(edits))
+
+
+def _hint(ground: Ground, merged: MergedLayer) -> str:
+    """An explicit padding, where nothing else would see it."""
+    inside = {node.index for node in merged.nodes}
+    others = [n for n in ground.flow.readers(merged.source) if n.index not in inside]
+    if others or ground.choices.explicit_pad:
+        return ""
+    return "Use pad='explicit' to write the padding out."
+
+
 def _created(ground: Ground, merged: MergedLayer) -> list[Create]:
     if _has_bias(ground, merged):
         return []
@@ -76,19 +97,64 @@ def _has_bias(ground: Ground, merged: MergedLayer) -> bool:
     return merged.has_bias or merged.bias in ground.created
 
 
-def with_bias(merges: Sequence[Step], made: Step) -> tuple[list[Step], Step]:
-    """The merges, each with the bias that `made` wants of its layer, and `made` without making it.
+def with_biases(decided: Sequence[Step | Skip]) -> list[Step | Skip]:
+    """The merges, each with the bias that a later step wants of its layer; that step then makes
+    none. A layer is made with all its tensors at once."""
+    wanted = {
+        edit.target: edit
+        for made in decided
+        if isinstance(made, Step) and made.rule != MERGED
+        for edit in made.edits
+        if isinstance(edit, Create)
+    }
+    given: list[Create] = []
+    found: list[Step | Skip] = []
+    for made in decided:
+        bias = wanted.get(_bias_of_merge(made))
+        if bias is not None and isinstance(made, Step):
+            given.append(bias)
+            made = replace(made, options={**made.options, "bias": True})
+            made = replace(made, edits=(*made.edits, bias))
+        found.append(made)
+    return [_without(made, given) for made in found]
 
-    A layer is made with all its tensors.
+
+def _bias_of_merge(made: Step | Skip) -> str:
+    """What the bias of the merged layer is called; "" where the step makes none."""
+    path = _path_of_merge(made)
+    return f"{path}.bias" if path else ""
+
+
+def _path_of_merge(made: Step | Skip) -> str:
+    """Of the merged layer; "" where the step makes none."""
+    if isinstance(made, Skip) or made.rule != MERGED or not made.edits:
+        return ""
+    weight = next(edit.target for edit in made.edits if isinstance(edit, Create))
+    return weight.removesuffix(".weight")
+
+
+def _without(made: Step | Skip, given: Collection[Create]) -> Step | Skip:
+    if isinstance(made, Skip) or made.rule == MERGED:
+        return made
+    return replace(made, edits=tuple(edit for edit in made.edits if edit not in given))
+
+
+def with_unpadded(decided: Mapping[int, Step | Skip]) -> dict[int, Step | Skip]:
+    """The decisions; where a norm takes the padding of branches, it takes that of their merge.
+
+    A norm that was decided before the merge knows only the branches, which will be gone.
     """
-    wanted = {edit.target: edit for edit in made.edits if isinstance(edit, Create)}
-    found: list[Step] = []
-    for step in merges:
-        weight = next((edit.target for edit in step.edits if isinstance(edit, Create)), "")
-        bias = wanted.get(f"{weight.removesuffix('weight')}bias")
-        if bias is not None:
-            options = {**step.options, "bias": True}
-            step = replace(step, options=options, edits=(*step.edits, bias))
-            made = replace(made, edits=tuple(edit for edit in made.edits if edit != bias))
-        found.append(step)
-    return found, made
+    layers = {
+        path: layer
+        for made in decided.values()
+        if isinstance(made, Step) and (layer := _path_of_merge(made))
+        for path in made.site.settings["branches"]
+    }
+    return {index: _from_layers(made, layers) for index, made in decided.items()}
+
+
+def _from_layers(made: Step | Skip, layers: Mapping[str, str]) -> Step | Skip:
+    if isinstance(made, Skip) or layers.keys().isdisjoint(made.options.get("unpadded", ())):
+        return made
+    paths = dict.fromkeys(layers.get(path, path) for path in made.options["unpadded"])
+    return replace(made, options={**made.options, "unpadded": list(paths)})

@@ -99,7 +99,7 @@ def _step(
         options={key: list(v) if isinstance(v, tuple) else v for key, v in options.items()},
         fidelity=Fidelity.EVAL,
         action="fold",
-        notes=(f"{len(found.branches)} branches in one layer, {prefix.removesuffix('.')}",),
+        notes=(f"{len(found.branches)} branches in one layer, {prefix[:-1]}", *found.notes),
         child=child,
         rule=RULE,
         edits=edits,

@@ -32,7 +32,7 @@ def on_norm_output(ground: Ground, run: Run, channels: Tensor, affine: Affine) -
         return None
     placed = affine_at(ground, node, channels, int(site.settings.get("channel_axis", 1)), affine)
     edits: list[Edit] = list(created)
-    tensors: list[Operand] = []
+    tensors = _statistic(ground, site) if created else []
     names = {edit.target.rpartition(".")[2]: edit.target for edit in created}
     for role, name in {**site.parameters, **names}.items():
         if role not in ("weight", "bias"):
@@ -46,6 +46,12 @@ def on_norm_output(ground: Ground, run: Run, channels: Tensor, affine: Affine) -
         if role == "bias" and placed.shift is not None:
             edits.append(Shift(name, placed.shift))
     return Landing(run.nodes, tuple(tensors), tuple(edits))
+
+
+def _statistic(ground: Ground, site: Site) -> list[Operand]:
+    """A tensor that every run of the norm reads, to tell whether all of them agree on new ones."""
+    name = site.parameters["running_var"]
+    return [Operand(name, tensor_at(ground.model, name), (0,))]
 
 
 def on_norm_input(ground: Ground, run: Run, channels: Tensor, affine: Affine) -> Landing | None:

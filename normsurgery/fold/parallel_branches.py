@@ -7,7 +7,6 @@ identity. A plain residual (x + conv(x)) is no norm and stays.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -18,14 +17,16 @@ from normsurgery.find.events import Event
 from normsurgery.find.places import LAYERS
 from normsurgery.find.position import call_site, names_at
 from normsurgery.fold.affines import is_affine
-from normsurgery.fold.checks import Check
+from normsurgery.fold.branch_checks import require_own
+from normsurgery.fold.branch_geometry import merged_geometry
+from normsurgery.fold.checks import Check, NoMatch
 from normsurgery.fold.ground import Ground, Refused, Run
-from normsurgery.fold.kernels import Geometry, Sizes, room_for
+from normsurgery.fold.kernels import Geometry, Sizes
 from normsurgery.fold.landings import CONVOLUTION, PRODUCTS, Layer, layer
 from normsurgery.graph import Op
 from normsurgery.graph.flow import Node
 from normsurgery.graph.positions import forward_of
-from normsurgery.survey import CallSite, Origin, Site, Skip
+from normsurgery.survey import CallSite, Origin, Site
 
 KIND = "sum of branches"
 VIEWS = frozenset({"aten::view", "aten::_unsafe_view", "aten::reshape"})
@@ -36,6 +37,7 @@ class Branch:
     """One summand: a layer of torch's at `path`, or a norm of the input itself.
 
     source: the value that it reads. nodes: everything it runs. normed: a norm is or was part of it.
+    between: what norms that are gone made of `source` in front of it.
     """
 
     source: int
@@ -44,6 +46,7 @@ class Branch:
     normed: bool
     layer: Layer | None = None
     run: Run | None = None
+    between: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class BranchSum:
     """A sum of branches that are one layer together.
 
     owner: the path of the module whose forward adds them up; `call`: where. output: the value of
-    the sum. at: for each branch, the place of its kernel in the merged one.
+    the sum. at: for each branch, the place of its kernel in the merged one. notes: for its Step.
     """
 
     owner: str
@@ -61,6 +64,7 @@ class BranchSum:
     branches: tuple[Branch, ...]
     geometry: Geometry
     at: tuple[Sizes, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
@@ -74,26 +78,40 @@ class BranchSum:
 
     @property
     def identities(self) -> tuple[Site, ...]:
-        return tuple(branch.run.site for branch in self.branches if branch.run is not None)
+        return _identities(self.branches)
 
 
-def branch_sums(ground: Ground) -> tuple[list[BranchSum], list[Skip]]:
-    """Every sum of two or more branches in the run, and a Skip for each that must stay apart.
+@dataclass(frozen=True)
+class Apart:
+    """A sum whose branches must stay apart, and the norms of the input that are among them."""
+
+    match: NoMatch
+    identities: tuple[Site, ...]
+
+    @property
+    def reason(self) -> str:
+        return self.match.reason
+
+
+def branch_sums(ground: Ground) -> tuple[list[BranchSum], list[Apart]]:
+    """Every sum of two or more branches in the run that can be one layer, and those that cannot.
 
     `ground.gone` holds the norms that were folded into their convolution. A norm of the input
     counts as a branch where it is a scale and a shift per channel and was not folded elsewhere. A
     sum in which there was no norm is left alone: it is the author's.
     """
     found: list[BranchSum] = []
-    skips: list[Skip] = []
+    apart: list[Apart] = []
     for output, branches in _sums(ground):
         try:
             found.append(_branch_sum(ground, output, branches))
         except Refused as refusal:
-            node = ground.flow.maker(output)
-            owner = "" if node is None or node.module is None else _path(ground, node.module)
-            skips.append(Skip(owner, refusal.match.reason, refusal.match.hint, KIND))
-    return found, skips
+            apart.append(Apart(refusal.match, _identities(branches)))
+    return found, apart
+
+
+def _identities(branches: Sequence[Branch]) -> tuple[Site, ...]:
+    return tuple(branch.run.site for branch in branches if branch.run is not None)
 
 
 # --- the sums -----------------------------------------------------------------------------------
@@ -112,10 +130,12 @@ class _Tree:
 
     def __init__(self, ground: Ground, done: set[int]) -> None:
         self.ground, self.done = ground, done
+        self.root = -1
         self.found: list[tuple[int, list[Branch]]] = []
 
     def found_from(self, root: Node) -> list[tuple[int, list[Branch]]]:
-        self._keep(root.outputs[0], self._addition(root))
+        self.root = root.outputs[0]
+        self._keep(self.root, self._addition(root))
         return self.found
 
     def _keep(self, output: int, branches: list[Branch] | None) -> None:
@@ -133,14 +153,40 @@ class _Tree:
         shapes = {self.ground.flow.shape(value) for value in (*node.inputs, *node.outputs)}
         if len(node.inputs) != 2 or not plain or len(shapes) != 1:
             return None
-        parts = [(value, self._branches(value, (node,))) for value in node.inputs]
+        # What is added to itself is no two branches.
+        parts = [(value, self._branches(value, (node,))) for value in dict.fromkeys(node.inputs)]
         known = [branches for _, branches in parts if branches is not None]
-        together = [branch for branches in known for branch in branches]
-        if len(known) == 2 and len({branch.source for branch in together}) == 1:
+        together = self._of_one_value([branch for branches in known for branch in branches])
+        if len(known) == 2 and together is not None:
             return together
         for value, branches in parts:
             self._keep(value, branches)
         return None
+
+    def _of_one_value(self, branches: Sequence[Branch]) -> list[Branch] | None:
+        """The branches, seen to begin with the same value; None where they do not.
+
+        A norm that is gone gives what it was given: it may stand in front of some of them.
+        """
+        read = [self._back_from(branch.source) for branch in branches]
+        common = [v for v in next(iter(read), ()) if all(v in values for values in read)]
+        if not common:
+            return None
+        found = [
+            _begun_at(self.ground, branch, values[: values.index(common[0])], common[0])
+            for branch, values in zip(branches, read, strict=True)
+        ]
+        inside = {n.index for n in self.ground.flow.between(common[0], self.root)}
+        readers = (n for b in found for v in b.between for n in self.ground.flow.readers(v))
+        return found if all(node.index in inside for node in readers) else None
+
+    def _back_from(self, value: int) -> list[int]:
+        """The value, and those that it was made of by norms that are gone."""
+        found = [value]
+        while value in self.ground.gone:
+            value = self.ground.gone[value]
+            found.append(value)
+        return found
 
     def _branches(self, value: int, readers: Sequence[Node]) -> list[Branch] | None:
         try:
@@ -182,6 +228,20 @@ def _identity(ground: Ground, run: Run) -> Branch:
     return Branch(run.start, run.nodes, run.site.path, normed=True, run=run)
 
 
+def _begun_at(ground: Ground, branch: Branch, between: Sequence[int], source: int) -> Branch:
+    """The branch with the norms that are gone in front of it; `between` are their outputs."""
+    if not between:
+        return branch
+    before = [node for value in reversed(between) for node in ground.ends[value].nodes]
+    return replace(
+        branch,
+        source=source,
+        nodes=(*before, *branch.nodes),
+        between=(*branch.between, *between),
+        normed=True,
+    )
+
+
 def _layer_branch(ground: Ground, node: Node, after: Sequence[Node], normed: bool) -> Branch:
     """Raises Refused where it is no layer of torch's with weights of its own, run once."""
     found = layer(ground, node)
@@ -214,13 +274,15 @@ def _branch_sum(ground: Ground, output: int, branches: Sequence[Branch]) -> Bran
     # The largest kernel first: a tensor that is made is made like its tensors.
     layers = [branch for branch in branches if branch.layer is not None]
     ordered = [*layers, *(branch for branch in branches if branch.layer is None)]
-    geometry, at = _merged(ground, ordered)
+    geometry, at = merged_geometry(ground, ordered)
     node = ground.flow.maker(output)
     owner = None if node is None else node.module
     if node is None or owner is None or isinstance(owner, fx.GraphModule):
         raise Refused(Check.NOT_REWRITABLE, "the sum is made outside any forward of a module")
     for branch in ordered:
-        _require_own(ground, branch, owner)
+        require_own(ground, branch, owner)
+        for value in branch.between:
+            ground.require_only(value, [node for other in ordered for node in other.nodes])
     return BranchSum(
         owner=_path(ground, owner),
         output=output,
@@ -230,26 +292,6 @@ def _branch_sum(ground: Ground, output: int, branches: Sequence[Branch]) -> Bran
         geometry=geometry,
         at=at,
     )
-
-
-def _require_own(ground: Ground, branch: Branch, owner: nn.Module) -> None:
-    """Nothing else uses the branch's weights, and no hook sees what it computes."""
-    if branch.layer is not None:
-        for operand in (branch.layer.weight, branch.layer.bias):
-            if operand is None:
-                continue
-            if len(ground.flow.uses(operand)) > 1 or ground.flow.is_exposed(operand):
-                raise Refused(Check.CALLED_AGAIN, f"{branch.path} runs more than once")
-            if len(ground.flow.names(operand.tensor)) > 1:
-                raise Refused(Check.TIED, f"{operand.name} has another name too")
-    elif branch.run is not None and len(ground.runs[branch.run.site.index]) > 1:
-        raise Refused(Check.CALLED_AGAIN, f"{branch.path} runs more than once")
-    for node in branch.nodes:
-        for module in itertools.takewhile(
-            lambda m: m is not owner, (f.module for f in node.frames)
-        ):
-            if module._forward_hooks or module._forward_pre_hooks:
-                raise Refused(Check.HOOK, f"{_path(ground, module)} has one")
 
 
 def _call(
@@ -287,48 +329,3 @@ def _given_names(owner: nn.Module, ops: Sequence[Op]) -> Iterator[str]:
 
 def _path(ground: Ground, module: nn.Module) -> str:
     return ground.located.recording.path(module)
-
-
-# --- one geometry ---------------------------------------------------------------------------------
-
-
-def _merged(ground: Ground, branches: Sequence[Branch]) -> tuple[Geometry, tuple[Sizes, ...]]:
-    """The geometry that has room for all kernels, and where each of them lies in it."""
-    weights = [b.layer.weight.tensor for b in branches if b.layer is not None]
-    if len({(w.dtype, tuple(w.shape[:2]), w.dim(), w.device) for w in weights}) > 1:
-        raise Refused(Check.AXIS, "its branches have different channels, groups or dtypes")
-    given = [_geometry(branch, branches[0]) for branch in branches]
-    if len({(found.groups, found.stride) for found in given}) > 1:
-        raise Refused(Check.AXIS, "its branches have different strides or groups")
-    for branch in branches:
-        _require_same_channels(ground, branch, branches[0], given[0].groups)
-    return room_for(given)
-
-
-def _geometry(branch: Branch, first: Branch) -> Geometry:
-    """Of the branch's layer; of a norm, that of an identity beside the layer of `first`."""
-    found = branch.layer or first.layer
-    assert found is not None
-    if found.node.name != CONVOLUTION:
-        return Geometry((), (), (), (), 1)
-    kernel = tuple(found.weight.tensor.shape[2:])
-    if branch.layer is None:
-        one, none = (1,) * len(kernel), (0,) * len(kernel)
-        return Geometry(one, one, none, one, found.groups)
-    stride, padding, dilation = (
-        tuple(int(n) for n in found.node.args[place]) * (len(kernel) // len(found.node.args[place]))
-        for place in (3, 4, 5)
-    )
-    return Geometry(kernel, stride, padding, dilation, found.groups)
-
-
-def _require_same_channels(ground: Ground, branch: Branch, first: Branch, groups: int) -> None:
-    """A norm's channels are those that the layer reads, and those that it makes."""
-    if branch.run is None or first.layer is None:
-        return
-    weight, settings = first.layer.weight.tensor, branch.run.site.settings
-    rank = len(ground.flow.shape(branch.source))
-    same_axis = (int(settings["channel_axis"]) - first.layer.channel_axis) % rank == 0
-    sizes = {int(settings["features"]), weight.shape[0], weight.shape[1] * groups}
-    if not same_axis or len(sizes) > 1:
-        raise Refused(Check.AXIS, f"{branch.path} has other channels than the sum")

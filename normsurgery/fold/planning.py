@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
 
 from normsurgery.errors import CannotTrace
 from normsurgery.find import Located, locate
-from normsurgery.fold.checks import NoMatch
-from normsurgery.fold.confirming import BY_BATCH, confirmed
+from normsurgery.fold.checks import BY_BATCH, NoMatch
+from normsurgery.fold.confirming import confirmed
 from normsurgery.fold.deciding import Decider, Decision
 from normsurgery.fold.ground import Choices
+from normsurgery.fold.merged_layers import with_biases
 from normsurgery.fold.other_batch import with_other_batch
 from normsurgery.fold.parametrizations import apply_baked, baked_steps
 from normsurgery.fold.unlisted import is_unlisted, with_unlisted
@@ -68,16 +69,13 @@ def _plan_as_it_is(
     located = _located(ready, inputs, choices)
     sites = (*located.survey.sites, *(step.site for step in baked))
     chosen = {site.index for site in select(sites, kind, only, exclude)}
-    decided = Decider(ready, choices, refused).decide(located, chosen)
-    other = with_other_batch(inputs)
-    if other is not None and any(isinstance(made, Step) for made in decided):
-        before = decided
-        decided = _confirmed(before, ready, located, other, choices)
-        if _centred(decided) < _centred(before):
-            # A stream is centred whole or not at all: its norms rely on every writer.
-            plain = replace(choices, rmsnorm=False)
-            made = _plan_as_it_is(model, inputs, kind, only, exclude, plain, refused)
-            return _staying(made, _centred(before))
+    decided, lost = _decided(ready, located, chosen, inputs, choices, refused)
+    centred = _centred(lost)
+    if centred:
+        # A stream is centred whole or not at all: its norms rely on every writer.
+        plain = replace(choices, rmsnorm=False)
+        made = _plan_as_it_is(model, inputs, kind, only, exclude, plain, refused)
+        return _staying(made, centred)
     known = {skip.path for skip in left}
     known |= {site.label for site in located.survey if is_unlisted(site)}
     done = {made.site.label for made in decided if isinstance(made, Step)}
@@ -88,6 +86,43 @@ def _plan_as_it_is(
         (*left, *skips, *(skip for skip in located.survey.skips if skip.path not in done)),
         versions=versions(),
     )
+
+
+def _decided(
+    model: nn.Module,
+    located: Located,
+    chosen: Collection[int],
+    inputs: Inputs,
+    choices: Choices,
+    refused: Mapping[str, NoMatch],
+) -> tuple[list[Decision], list[Decision]]:
+    """What becomes of each norm on this batch and on another one; and, where a stream cannot be
+    centred on both, what would have become of them.
+
+    A step that does not hold for the other batch is left out, and all is decided again: others may
+    rely on it.
+    """
+    refused = dict(refused)
+    again: Located | None = None
+    while True:
+        decided = Decider(model, choices, refused).decide(located, chosen)
+        other = with_other_batch(inputs)
+        if other is None or not any(isinstance(made, Step) for made in decided):
+            return with_biases(decided), []
+        again = again or _located_again(model, other, choices)
+        if again is None:  # it runs on this batch only
+            return with_biases(decided), []
+        held = confirmed(decided, located, again, choices)
+        if _centred(held) < _centred(decided):
+            return held, decided
+        lost = _labels(decided) - _labels(held)
+        if not lost:
+            return with_biases(decided), []
+        refused |= dict.fromkeys(lost, BY_BATCH)
+
+
+def _labels(decided: Sequence[Decision]) -> set[str]:
+    return {made.site.label for made in decided if isinstance(made, Step)}
 
 
 def _centred(decided: Sequence[Decision]) -> frozenset[str]:
@@ -137,12 +172,8 @@ def _baked(
     return steps, skips, ready
 
 
-def _confirmed(
-    decided: list[Decision], model: nn.Module, located: Located, other: Inputs, choices: Choices
-) -> list[Decision]:
-    """The decisions that hold for the other inputs too."""
+def _located_again(model: nn.Module, other: Inputs, choices: Choices) -> Located | None:
     try:
-        again = _located(model, other, choices, training=False)
-    except CannotTrace:  # it runs on this batch only
-        return decided
-    return confirmed(decided, located, again, choices)
+        return _located(model, other, choices, training=False)
+    except CannotTrace:
+        return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from torch.export import ExportedProgram
@@ -11,6 +11,7 @@ from normsurgery.errors import UsageError
 from normsurgery.fold.checks import Check, NoMatch
 from normsurgery.fold.editing import CannotHold
 from normsurgery.fold.speed import measure_speed
+from normsurgery.fold.twins import followers
 from normsurgery.plan import Plan, versions
 from normsurgery.randomstate import random_state_kept
 from normsurgery.report import Report
@@ -70,4 +71,20 @@ def _carried_out(program: ExportedProgram, plan: Plan | None, decide: Decide) ->
             raise UsageError(
                 f"{left[0]}: {reasons[left[0]]}. Make a new plan without it (exclude)."
             )
-        refused |= {label: NoMatch(Check.NOT_REWRITABLE, reasons[label]) for label in left}
+        impossible = {label: NoMatch(Check.NOT_REWRITABLE, reasons[label]) for label in left}
+        if impossible.keys() <= refused.keys():
+            impossible = with_companions(made, impossible)
+        if impossible.keys() <= refused.keys():
+            raise UsageError(f"{left[0]}: {reasons[left[0]]}. Leave it out (exclude).")
+        refused |= impossible
+
+
+def with_companions(plan: Plan, impossible: Mapping[str, NoMatch]) -> dict[str, NoMatch]:
+    """With the steps that hold the edits of an impossible one, and all that these lead."""
+    found = dict(impossible)
+    for lead in plan.steps:
+        group = [lead.site.label, *(site.label for site in followers(lead, plan.steps))]
+        match = next((impossible[label] for label in group if label in impossible), None)
+        if match is not None:
+            found |= {label: impossible.get(label, match) for label in group}
+    return found

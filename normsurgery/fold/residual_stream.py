@@ -27,6 +27,7 @@ from normsurgery.fold.edits import Centre, Edit
 from normsurgery.fold.ground import Ground, Landing, Refused, Run
 from normsurgery.fold.landings import EMBEDDING, bias_of, is_layer, layer, tensors_of_layer
 from normsurgery.fold.linearity import GATHERS, gathered_axes
+from normsurgery.fold.merged_layers import on_merged_mean
 from normsurgery.graph.flow import Node
 from normsurgery.survey import Site
 
@@ -98,7 +99,10 @@ class _Walk:
         if node is None:
             raise Refused(Check.RESIDUAL, f"{self.ground.name(value)} writes to it")
         run = self.ground.ends.get(value)
-        if run is not None:
+        merged = next((m for m in self.ground.merged if m.output == value), None)
+        if merged is not None:  # the branches in it are no more
+            self._write(node, on_merged_mean(self.ground, merged, channels))
+        elif run is not None:
             self._written_by_norm(run, value)
         elif is_layer(self.ground, node):
             self._write(node, self._layer(node, channels))

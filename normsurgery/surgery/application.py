@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
+from torch import Tensor, nn
 
 from normsurgery.errors import CannotRewrite
 from normsurgery.fold.channel_pad import without_padding
@@ -23,14 +22,16 @@ from normsurgery.surgery.building import (
     note,
     saved_names,
 )
+from normsurgery.surgery.forwards import placement_of, rewritten, sums_of, where_it_is_now
 from normsurgery.surgery.inherit import inherit, inherit_tensors, tensor_in, tie
 from normsurgery.surgery.keymap import Entries, KeyMap, Move
-from normsurgery.surgery.owner import OwnerCall, Placement, reapply, rewrite_owner
-from normsurgery.surgery.owner.graphs import rewrite_graph_module
+from normsurgery.surgery.owner import OwnerCall
 from normsurgery.surgery.relation import tensors_in
+from normsurgery.surgery.sharing import shared_tensors
 from normsurgery.surgery.source import module_at
+from normsurgery.surgery.surroundings import Surroundings
 from normsurgery.surgery.tree import names_of, paths_of, replace_everywhere
-from normsurgery.survey import Skip
+from normsurgery.survey import CallSite, Skip
 
 Calls = Mapping[str, Sequence[OwnerCall]]
 
@@ -54,6 +55,8 @@ class _Progress:
     done: dict[int, Built] = field(default_factory=dict)
     refused: list[Skip] = field(default_factory=list)
     layers: list[int] = field(default_factory=list)
+    # Path of an owner whose norms were rewritten -> where other places of its forward are now.
+    followed: dict[str, Mapping[CallSite, CallSite]] = field(default_factory=dict)
 
     @property
     def carried_out(self) -> list[int]:
@@ -96,17 +99,27 @@ def apply(model: nn.Module, plan: Plan, calls: Calls | None) -> Applied:
     if calls is not None:
         for item in built.values():
             require_padding_held(item.step, item.source)
+    around = Surroundings(model)
     for owner_path in dict.fromkeys(s.site.path for s in rest.values() if s.site.form != "module"):
-        _rewrite(model, owner_path, paths[owner_path], built, calls, progress)
+        following = sums_of(merges.values(), owner_path)
+        _rewrite(model, owner_path, paths[owner_path], built, calls, progress, around, following)
     replaced = [item for item in built.values() if item.step.site.form == "module"]
     edited = fastpath.switch_off(
         model, [item.old for item in replaced if item.step.action != "copy"]
     )
-    for position, item in built.items():
-        if item.step.site.form == "module":
+    modules = {n: item for n, item in built.items() if item.step.site.form == "module"}
+    padding = {n: item for n, item in modules.items() if "pad" in item.step.options}
+    for position, item in modules.items():
+        if position not in padding:
             model = _replace(model, position, item, paths[item.step.site.path], progress)
-    _restore_ties(model, list(progress.done.values()))
     _merge(model, merges, calls, waiting, progress)
+    # Branches are merged, and proven to be one layer, as they pad; only then is that taken away.
+    for position, item in padding.items():
+        model = _replace(model, position, item, paths[item.step.site.path], progress)
+    if not progress.refused:  # a merged layer may not be there, and the plan is made again
+        for item in padding.values():
+            without_padding(model, item.step.options)
+    _restore_ties(model, list(progress.done.values()))
     progress.entries.aliases = gone | aliases_of(model, plan)
     carried_out = _carried_out(plan, progress)
     notes = tuple(
@@ -140,7 +153,9 @@ def _merge(
     """Make one layer of parallel branches; where that is impossible the steps become Skips."""
     from normsurgery.fold.merging import apply_merges
 
-    steps = list(merges.values())
+    steps = [
+        where_it_is_now(step, progress.followed.get(step.site.path, {})) for step in merges.values()
+    ]
     refused = apply_merges(model, steps, calls, values or None)
     for position, step in merges.items():
         owner = (
@@ -169,6 +184,8 @@ def _rewrite(
     built: Mapping[int, Built],
     calls: Calls | None,
     progress: _Progress,
+    around: Surroundings,
+    following: Sequence[CallSite],
 ) -> None:
     """Rewrite one owner with all its norms; where that is impossible its steps become Skips."""
     owner = module_at(model, owner_path)
@@ -176,44 +193,26 @@ def _rewrite(
     before = saved_names(owner)
     for item in items.values():
         inherit_tensors(item.source.tensors, owner, item.new, moved_names(item))
+    placements = [placement_of(item) for item in items.values()]
+    shared = shared_tensors(model, owner, placements, around)
     try:
-        names = _rewritten(
-            owner, list(items.values()), None if calls is None else calls.get(owner_path, ())
+        names, followed = rewritten(
+            owner,
+            list(items.values()),
+            None if calls is None else calls.get(owner_path, ()),
+            shared,
+            following,
         )
     except CannotRewrite as error:
         progress.refused += [cannot_rewrite(item.step, error) for item in items.values()]
         return
+    progress.followed[owner_path] = followed
     after = saved_names(owner)
     gone = before - after
     for (position, item), name in zip(items.items(), names, strict=True):
         progress.done[position] = item
         gone -= note(position, item, aliases, progress.entries, f"{name}.", after)
     progress.entries.dropped += [join(path, name) for path in aliases for name in sorted(gone)]
-
-
-def _rewritten(
-    owner: nn.Module, items: Sequence[Built], calls: Sequence[OwnerCall] | None
-) -> Sequence[str]:
-    """Rewrite the forward of one owner; returns the names of the new norms in it."""
-    if isinstance(owner, fx.GraphModule):
-        return rewrite_graph_module(owner, [(item.step.site, item.new) for item in items])
-    placements = [
-        Placement(item.step.site, item.step.child, item.new, item.source) for item in items
-    ]
-    if calls is None:
-        reapply(owner, placements)
-    elif _is_without_values(owner, calls):
-        raise CannotRewrite("it has no values (meta device) to prove a rewritten forward on")
-    else:
-        # A fold holds in eval mode, and that is where the rewritten forward must agree.
-        folds = all(item.step.action == "fold" for item in items)
-        rewrite_owner(owner, placements, calls, modes=(False,) if folds else (False, True))
-    return [placement.name for placement in placements]
-
-
-def _is_without_values(owner: nn.Module, calls: Sequence[OwnerCall]) -> bool:
-    leaves = tree_leaves(([(call.args, call.kwargs) for call in calls], tensors_in(owner)))
-    return any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves)
 
 
 def _is_call_of(item: Built, owner_path: str) -> bool:
@@ -237,7 +236,6 @@ def _replace(
     if item.step.action != "copy":
         inherit(item.source.tensors, item.old, item.new, moved_names(item))
     model = replace_everywhere(model, item.old, item.new)
-    without_padding(model, item.step.options)
     progress.done[position] = item
     gone = before - note(position, item, aliases, progress.entries, "", set())
     progress.entries.dropped += [join(path, name) for path in aliases for name in sorted(gone)]

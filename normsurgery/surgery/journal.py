@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from normsurgery.surgery.tree import REGISTRIES
 
@@ -84,7 +84,15 @@ class Journal:
             before.module._non_persistent_buffers_set |= before.transient
             for home_name, old in before.registries.items():
                 _reorder(vars(before.module)[home_name], old)
+        self._recompile()
         return self._model
+
+    def _recompile(self) -> None:
+        """A graph that was put back is not yet what its module runs."""
+        graphs = {id(c.module): c.module for c in self._changes if c.name == "_graph"}
+        for module in graphs.values():
+            if isinstance(module, fx.GraphModule):
+                module.recompile()
 
 
 def _remember(module: nn.Module) -> _Before:

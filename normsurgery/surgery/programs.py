@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from torch.export import ExportedProgram
 
 from normsurgery.errors import CannotRewrite, UsageError
-from normsurgery.fold.editing import edited
-from normsurgery.fold.edits import Create
+from normsurgery.fold.edits import Create, Drop, writes
+from normsurgery.fold.weights import edit_weights
 from normsurgery.plan import Plan
 from normsurgery.surgery.application import aliases_of
 from normsurgery.surgery.building import Built, built_step, note
 from normsurgery.surgery.keymap import Entries, KeyMap
-from normsurgery.surgery.owner.graphs import rewrite_exported
+from normsurgery.surgery.owner.exported import rewrite_exported
+from normsurgery.surgery.source import tensor_at
 from normsurgery.survey import Skip
 
 
@@ -54,6 +55,8 @@ def fold_program(program: ExportedProgram, plan: Plan) -> AppliedToProgram:
     CannotHold where a weight cannot hold what the fold makes of it.
     """
     module = program.module()
+    # A norm that stays as an affine is made of tensors that other steps may have changed.
+    edit_weights(module, plan.steps)
     built = [built_step(module, step, plan.init) for step in plan.steps]
     refused = _refused(program, built)
     if refused:
@@ -62,14 +65,13 @@ def fold_program(program: ExportedProgram, plan: Plan) -> AppliedToProgram:
         return AppliedToProgram(
             program, replace(plan, steps=left, skips=skips), Entries().keymap(plan)
         )
-    held = {**program.constants, **program.state_dict}
-    tensors = edited(plan.steps, held)
-    created = [e for step in plan.steps for e in step.edits if isinstance(e, Create)]
+    edits = [e for step in plan.steps for e in step.edits if not isinstance(e, Drop)]
+    tensors = {name: tensor_at(module, name).detach() for edit in edits for name in writes(edit)}
     changed = rewrite_exported(
         program,
         [(item.step.site, item.new) for item in built],
         tensors,
-        {edit.target: edit.like for edit in created},
+        {edit.target: edit.like for edit in edits if isinstance(edit, Create)},
     )
     return AppliedToProgram(changed, plan, _keymap(program, changed, built, plan))
 

@@ -11,9 +11,12 @@ from normsurgery.errors import CannotRead, CannotRewrite, UsageError
 from normsurgery.norms.weightstandardization import is_standardized, take_off
 from normsurgery.plan import MERGED, Plan, Step
 from normsurgery.surgery.application import apply
+from normsurgery.surgery.forwards import sums_of, where_it_is_now
 from normsurgery.surgery.owner import Placement, is_rewritten, reapply, restore
 from normsurgery.surgery.remember import remember
+from normsurgery.surgery.sharing import shared_tensors
 from normsurgery.surgery.source import module_at
+from normsurgery.surgery.surroundings import Surroundings
 from normsurgery.treecopy import tree_copy
 
 if TYPE_CHECKING:
@@ -75,17 +78,27 @@ def restore_rewrites(model: nn.Module, plan: Plan | Report) -> nn.Module:
     if weights:
         model = apply(model, replace(made, steps=weights), None).model
     calls = [step for step in made.steps if step.site.form != "module"]
+    around = Surroundings(model)
     for path in dict.fromkeys(step.site.path for step in calls):
         owner = module_at(model, path)
         if isinstance(owner, fx.GraphModule):
             continue  # its graph is saved as it is
         steps = [step for step in calls if step.site.path == path]
+        merges = [step for step in steps if step.rule == MERGED]
+        placements = [
+            Placement(s.site, s.child, _taken(owner, s)) for s in steps if s.rule != MERGED
+        ]
         try:
-            if steps[0].rule == MERGED:
-                reapply_merges(owner, steps)
-            else:
-                made_of = [Placement(s.site, s.child, _taken(owner, s)) for s in steps]
-                reapply(owner, made_of)
+            if placements:
+                made_again = reapply(
+                    owner,
+                    placements,
+                    shared=shared_tensors(model, owner, placements, around),
+                    following=sums_of(merges, path),
+                )
+                merges = [where_it_is_now(step, made_again.followed) for step in merges]
+            if merges:
+                reapply_merges(owner, merges)
         except CannotRewrite as error:
             raise CannotRead(
                 f"the forward of {path or made.model} cannot be rewritten as it was: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -60,19 +61,31 @@ def give_bias(node: fx.Node, bias: fx.Node) -> None:
 def give_biases(owner: fx.GraphModule, biases: Sequence[tuple[Tensor, str]]) -> None:
     """Let every call without a bias that reads one of the weights have the bias beside it.
 
-    biases: (weight, name of a parameter of `owner`).
+    biases: (weight, name of a parameter of `owner`). The graph that it had stays as it is.
     """
     names = {id(weight): name for weight, name in biases}
-    for node, weight in _without_bias(owner):
+    graph, _ = editable(owner)
+    for node, weight in _without_bias(owner, graph):
         if id(weight) in names:
-            with owner.graph.inserting_before(node):
-                give_bias(node, owner.graph.get_attr(names[id(weight)]))
-    owner.graph.lint()
-    owner.recompile()
+            with graph.inserting_before(node):
+                give_bias(node, graph.get_attr(names[id(weight)]))
+    graph.lint()
+    owner.graph = graph
 
 
-def _without_bias(owner: fx.GraphModule) -> Iterator[tuple[fx.Node, Tensor]]:
-    for node in list(owner.graph.nodes):
+def editable(graph_module: fx.GraphModule) -> tuple[fx.Graph, dict[str, fx.Node]]:
+    """A copy of its graph, and the nodes in it by the names that they have in the old one.
+
+    An edit is made on it and then put in its place: the old one is what an undo puts back.
+    """
+    graph = copy.deepcopy(graph_module.graph)
+    graph.owning_module = graph_module
+    pairs = zip(graph_module.graph.nodes, graph.nodes, strict=True)
+    return graph, {old.name: new for old, new in pairs}
+
+
+def _without_bias(owner: fx.GraphModule, graph: fx.Graph) -> Iterator[tuple[fx.Node, Tensor]]:
+    for node in list(graph.nodes):
         weight = weight_without_bias(node)
         if weight is not None and (tensor := read_by(owner, weight)) is not None:
             yield node, tensor

@@ -71,7 +71,9 @@ def prove(
             raise CannotRewrite(f"nothing can be proven on a copy: {error}") from error
         _leave_neutral(original)
         rewritten = float64_copy(original)
-        names = _put_identities(original, rewritten, rewriting, placements)
+        # A copy holds none of the tensors by which a norm of another path is known.
+        own = [tensor_names(owner, placement) for placement in placements]
+        names = _put_identities(original, rewritten, rewriting, placements, own)
         ran = [
             _compare(original, rewritten, rewriting, names, replace(call, training=training))
             for call in calls
@@ -86,15 +88,18 @@ def _put_identities(
     rewritten: nn.Module,
     rewriting: Rewriting,
     placements: Sequence[Placement],
+    names: Sequence[Mapping[str, str]],
 ) -> dict[str, str]:
-    """Install the rewriting with each norm as itself; old buffer name -> new one."""
+    """Install the rewriting with each norm as itself; old buffer name -> new one.
+
+    names: for each placement, role -> name of the old norm's tensor below the owner.
+    """
     modules: dict[str, nn.Module] = {}
     renamed: dict[str, str] = {}
-    for placement in placements:
+    for placement, own in zip(placements, names, strict=True):
         if placement.copied:
             modules[placement.name] = tree_copy(rewritten.get_submodule(placement.copied))
             continue
-        own = tensor_names(original, placement)
         module = _identity(original, placement, own)
         modules[placement.name] = module
         reading = spec.get(placement.site.kind).read(module)
