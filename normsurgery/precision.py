@@ -90,21 +90,47 @@ def _check(value: Any, func: Any) -> None:
 
 
 @contextmanager
-def lifted() -> Iterator[None]:
+def lifted(own: torch.dtype | None = None) -> Iterator[None]:
     """Run float64 modules truly in float64.
 
     Inside, `.float()`, `.to(torch.bfloat16)` and every `dtype=` of a lower floating type give
     float64 instead; a tensor of a lower type that is read is read exactly; an operation that still
     gives a lower floating result raises NotFloat64. Random numbers are those of a float32 run. The
     default dtype is float64 meanwhile.
+
+    own: the type that the model has outside. `torch.finfo(x.dtype)`, by which a forward fills masks
+    and guards divisions, then tells the limits of that type: they are constants of the model.
     """
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        with _Lifted():  # type: ignore[no-untyped-call]
+        with _Lifted(), _limits_of(own):  # type: ignore[no-untyped-call]
             yield
     finally:
         torch.set_default_dtype(default)
+
+
+@contextmanager
+def _limits_of(own: torch.dtype | None) -> Iterator[None]:
+    """Inside, torch.finfo of float64 is that of `own`."""
+    known = torch.finfo
+
+    def finfo(dtype: torch.dtype | None = None) -> Any:
+        asked = torch.get_default_dtype() if dtype is None else dtype
+        return known(own if asked is torch.float64 and own is not None else asked)
+
+    if own in LOWER_FLOATS:
+        torch.finfo = finfo  # type: ignore[assignment, misc]
+    try:
+        yield
+    finally:
+        torch.finfo = known  # type: ignore[misc]
+
+
+def own_type(*tensors: Tensor) -> torch.dtype:
+    """The floating type with the fewest digits among tensors; float32 where there is none."""
+    floating = [t.dtype for t in tensors if t.is_floating_point() and t.element_size() > 1]
+    return max(floating, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
 
 
 def materialise_eps(model: nn.Module) -> None:

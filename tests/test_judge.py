@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from normsurgery.verify import Verdict, judge
-from normsurgery.verify.judge import FREE_ULPS, NATIVE_FACTOR, same_bits, ulp, unchanged
+from normsurgery.verify.differences import ulp
+from normsurgery.verify.judge import FREE_ULPS, NATIVE_FACTOR, same_bits, unchanged
 
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 dtypes = st.sampled_from(HALF_AND_SINGLE)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -454,3 +455,65 @@ def test_steps_run_one_by_one_give_what_the_whole_gives() -> None:
     for step in graph.steps:
         values |= step.run(values)
     assert all(torch.equal(values[name], value) for name, value in whole.items())
+
+
+@pytest.mark.parametrize("storage_order", [0, 1])
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"pads": 1, "strides": 2},
+        {"pads": 1, "strides": 2, "dilations": 2, "ceil_mode": 1},
+        {"auto_pad": "SAME_LOWER", "strides": 2},
+    ],
+)
+def test_where_max_pool_found_its_values(
+    count: int, storage_order: int, how: dict[str, Any]
+) -> None:
+    lengths = {"pads": 2 * count, "strides": count, "dilations": count}
+    options = {key: [v] * lengths[key] if key in lengths else v for key, v in how.items()}
+    node = helper.make_node(
+        "MaxPool",
+        ["x"],
+        ["y", "i"],
+        kernel_shape=[3] * count,
+        storage_order=storage_order,
+        **options,
+    )
+    x = torch.randint(-9, 9, (2, 3, *(7, 6, 5)[:count]), dtype=torch.float32)
+    made = helper.make_graph(
+        [node],
+        "g",
+        [helper.make_tensor_value_info("x", FLOAT, list(x.shape))],
+        [
+            helper.make_tensor_value_info("y", FLOAT, None),
+            helper.make_tensor_value_info("i", TensorProto.INT64, None),
+        ],
+    )
+    proto = helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)])
+    proto.ir_version = 10
+    session = onnxruntime.InferenceSession(
+        proto.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    found, expected = Float64Graph(proto).run({"x": x}), session.run(None, {"x": x.numpy()})
+    assert np.array_equal(found["y"], expected[0].astype(np.float64))
+    assert np.array_equal(found["i"], expected[1])
+
+
+def test_max_pool_of_minus_infinity_finds_no_padding() -> None:
+    x = torch.full((1, 2, 3, 3), -torch.inf)
+    node = helper.make_node("MaxPool", ["x"], ["y", "i"], kernel_shape=[3, 3], pads=[1, 1, 1, 1])
+    made = helper.make_graph(
+        [node],
+        "g",
+        [helper.make_tensor_value_info("x", FLOAT, list(x.shape))],
+        [
+            helper.make_tensor_value_info("y", FLOAT, None),
+            helper.make_tensor_value_info("i", TensorProto.INT64, None),
+        ],
+    )
+    proto = helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)])
+    expected = F.max_pool2d(x, 3, 1, 1, return_indices=True)[1]
+    found = Float64Graph(proto).run({"x": x})["i"]
+    assert torch.equal(found, expected + 9 * torch.arange(2).reshape(1, 2, 1, 1))

@@ -713,3 +713,106 @@ def test_a_module_that_works_in_place_on_its_input_is_run_on_a_copy():
     assert verify(InPlace(), InPlace(), (x,), gradients=True).passed
     assert torch.equal(x, kept)
     assert run_native(InPlace(), Inputs((x,), {}), "eval", seed=0).is_finite()
+
+
+class Of(nn.Module):
+    """Whatever function it is given, as a module; `held` are buffers."""
+
+    def __init__(self, function, **held: Tensor):
+        super().__init__()
+        self.function = function
+        for name, tensor in held.items():
+            self.register_buffer(name, tensor.clone())
+
+    def forward(self, x: Tensor):
+        return self.function(self, x)
+
+
+def test_a_runner_may_be_given_by_its_name_alone():
+    one, two = nn.Linear(3, 2), nn.Linear(3, 2)
+    two.load_state_dict(one.state_dict())
+    x = (torch.randn(4, 3),)
+    evidence = verify(one, two, x, on="cpu", require_runner="cpu", hard=False)
+    assert evidence.passed and evidence.required == ("cpu",)
+    with pytest.raises(UnknownName, match="unknown runner 'gpu'"):
+        verify(one, two, x, on="cpu, gpu")
+
+
+def test_torchscript_is_refused_as_the_original_and_taken_as_the_other():
+    x = torch.randn(4, 3)
+    plain = nn.Linear(3, 2)
+    scripted = torch.jit.trace(copy.deepcopy(plain), x)
+    assert verify(plain, scripted, (x,)).passed
+    with pytest.raises(UsageError, match=r"the first model is TorchScript.*Give the Python model"):
+        verify(scripted, plain, (x,))
+    with pytest.raises(UsageError, match="0 is TorchScript"):
+        verify(nn.Sequential(scripted), nn.Sequential(plain), (x,))
+
+
+def test_torch_cond_is_run_without_its_compiler():
+    def branching(module: nn.Module, x: Tensor):
+        return torch.cond(x.sum() > 0, lambda x: x * module.k, lambda x: x - 1, (x,))
+
+    x = torch.randn(3, 8).abs()
+    assert verify(
+        Of(branching, k=torch.tensor(2.0)), Of(branching, k=torch.tensor(2.0)), (x,)
+    ).passed
+    other = verify(Of(branching, k=torch.tensor(2.0)), Of(branching, k=torch.tensor(2.1)), (x,))
+    assert other.count("failed") and not other.count("undecided")
+    assert Of(branching, k=torch.tensor(2.0))(x).shape == x.shape  # torch.cond still works
+
+
+def test_complex_numbers_have_a_truth():
+    x = torch.randn(3, 4, dtype=torch.complex64)
+    k = torch.randn(4, dtype=torch.complex64)
+    times, added = Of(lambda m, x: x * m.k * 2, k=k), Of(lambda m, x: m.k * (x + x), k=k)
+    assert verify(times, added, (x,)).count("passed") > 0
+    assert verify(times, added, (x,)).passed
+    assert not verify(times, Of(lambda m, x: x * m.k * 2.001, k=k), (x,)).passed
+
+
+def test_a_cast_to_complex64_leaves_no_truth():
+    narrow = Of(lambda m, x: x.to(torch.complex64) * 2)
+    evidence = verify(narrow, Of(lambda m, x: x.to(torch.complex64) * 2), (torch.randn(3, 4),))
+    assert evidence.passed and evidence.count("passed") == 0
+    assert "output output is torch.complex64" in evidence.comparisons[0].verdict.reason
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        lambda x: x.to_sparse(),
+        lambda x: x.to_sparse_csr(),
+        lambda x: torch.nested.nested_tensor([x, x[:1]]),
+        lambda x: torch.nested.nested_tensor([x, x[:1]], layout=torch.jagged),
+    ],
+)
+def test_sparse_and_nested_outputs_are_compared(stored):
+    x = (torch.randn(3, 8),)
+    assert verify(Of(lambda m, x: stored(x)), Of(lambda m, x: stored(x)), x).passed
+    assert not verify(Of(lambda m, x: stored(x)), Of(lambda m, x: stored(x * 1.1)), x).passed
+
+
+def test_numbers_in_the_output_are_judged():
+    def returning(make):
+        return Of(lambda m, x: {"y": x * 1, "n": make(x)})
+
+    x = (torch.randn(3, 8),)
+    three = returning(lambda x: 3.0)
+    assert verify(three, returning(lambda x: 3), x).passed
+    evidence = verify(three, returning(lambda x: 4.0), x)
+    assert {c.quantity for c in evidence.comparisons if c.verdict.passed is False} == {"output n"}
+    assert not verify(three, returning(lambda x: None), x).passed
+    assert not verify(returning(lambda x: True), returning(lambda x: False), x).passed
+    summed, otherwise = returning(lambda x: x.sum().item()), returning(lambda x: x.T.sum().item())
+    assert verify(summed, otherwise, x).passed
+    assert not verify(summed, returning(lambda x: x.sum().item() * 1.01), x).passed
+
+
+def test_what_is_no_tensor_and_no_number_is_named():
+    drawn = [
+        Of(lambda m, x, scale=scale: (x * 1, torch.distributions.Normal(x, scale), None))
+        for scale in (1, 2)
+    ]
+    evidence = verify(*drawn, (torch.randn(3, 8),))
+    assert evidence.notes == ("not compared, being neither tensors nor numbers: 1, a Normal",)

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from normsurgery.verify.judge import FREE_ULPS, judge, ulp
+from normsurgery.verify.differences import ulp
+from normsurgery.verify.judge import FREE_ULPS, judge
 
 _SAMPLE = 32  # elements that a first look compares
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 METADATA_KEY = "normsurgery.axes"  # of the model: JSON, axis name -> [least, most or null]
 BATCH_SIZES = (1, 2, 7)
+LARGER_SIZE = 17  # what is cut off or wrong from some small size on does not show below it
 MOST_ELEMENTS = 2**22  # an upper bound is tried where all inputs together stay below this
 
 
@@ -95,9 +96,9 @@ def matched(file: OnnxFile, inputs: Inputs, order: Sequence[str] = ()) -> dict[s
 
 
 def sizes_to_try(axis: Axis) -> Iterator[int]:
-    """1, 2, 7 for a batch; 1, 2 and odd ones for another axis; then the bounds it declares."""
+    """1, 2, 7 for a batch; 1, 2 and an odd one for another axis; 17; then the declared bounds."""
     odd = () if axis.is_batch else (axis.size | 1, axis.size + 3 - axis.size % 2)
-    wanted = [*(BATCH_SIZES if axis.is_batch else (1, 2)), *odd[:1]]
+    wanted = [*(BATCH_SIZES if axis.is_batch else (1, 2)), *odd[:1], LARGER_SIZE]
     wanted += [bound for bound in (axis.low, axis.high) if bound]
     for size in dict.fromkeys(wanted):
         # torch writes a least size of 2 where it means that 0 and 1 were not traced

@@ -18,7 +18,8 @@ from normsurgery.onnxfile.reading import OnnxFile
 from normsurgery.verify.axes import Axis, dynamic_axes
 from normsurgery.verify.compare import Results
 from normsurgery.verify.graph_inputs import inputs_of, rows_by_position
-from normsurgery.verify.hard_inputs import Case, embedding_rows, inputs_of_a_graph
+from normsurgery.verify.hard_inputs import Case, inputs_of_a_graph
+from normsurgery.verify.hard_tables import embedding_rows
 from normsurgery.verify.judge import coarsest
 from normsurgery.verify.rounding import losses_of_rounding
 from normsurgery.verify.sides import as_module, float_type, parameter_names

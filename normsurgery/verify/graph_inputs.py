@@ -11,6 +11,7 @@ from normsurgery.verify.axes import matched
 
 BATCH = 2
 OTHER = 8  # size of a dynamic axis that is not the first
+SAME_VALUES = ("Cast", "Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze")
 
 
 def inputs_of(file: OnnxFile, seed: int = 0) -> Inputs:
@@ -31,7 +32,7 @@ def indexed_rows(file: OnnxFile) -> dict[str, int]:
     rows: dict[str, int] = {}
     for node in file.proto.graph.node:
         read = [aliases.get(name, "") for name in node.input]
-        if node.op_type in ("Cast", "Identity") and read and read[0]:
+        if node.op_type in SAME_VALUES and read and read[0]:
             aliases[node.output[0]] = read[0]
         if node.op_type == "Gather" and len(read) == 2 and read[1] and node.input[0] in tables:
             axis = next((a.i for a in node.attribute if a.name == "axis"), 0)

@@ -20,7 +20,8 @@ from normsurgery.onnxfile.feeding import as_tensor, feeds
 from normsurgery.onnxfile.float64 import Float64Graph
 from normsurgery.onnxfile.reading import OnnxFile, Port, floating_values, origin, value_types
 from normsurgery.onnxfile.sessions import Session
-from normsurgery.verify.judge import Verdict, judge, ulp
+from normsurgery.verify.differences import ulp
+from normsurgery.verify.judge import Verdict, judge
 from normsurgery.verify.shaking import moved, shaken_inputs
 from normsurgery.verify.stages import Coverage, InnerValue
 

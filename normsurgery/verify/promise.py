@@ -13,7 +13,7 @@ from normsurgery.errors import CannotTrace
 from normsurgery.inputs import Inputs
 from normsurgery.plan import Plan
 from normsurgery.spec import Fidelity
-from normsurgery.verify.compare import Pair, Results, compare_case, one_line, run_both
+from normsurgery.verify.compare import Pair, Results, Truth, compare_case, one_line, run_both
 from normsurgery.verify.evidence import Comparison, Drift, Evidence, LeftOut, Mode
 from normsurgery.verify.hard_inputs import Case, hard_inputs
 from normsurgery.verify.parts import compare_parts
@@ -58,7 +58,7 @@ def measure(
     if plan.fidelity is Fidelity.RETRAIN:
         vocabulary = _embedding_sizes(original)
         for case in (case for case in cases if case.label in DRIFT_ON):
-            ran = run_both(pair, case, runner="cpu", mode="eval", seed=seed)
+            ran = run_both(pair, Truth(original, case, "eval", seed, "plain"), "cpu")
             if isinstance(ran, tuple):
                 drifts += _drifts(case.label, *ran, vocabulary)
             else:

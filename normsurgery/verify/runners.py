@@ -11,15 +11,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from normsurgery.errors import UnknownName
 from normsurgery.inputs import Inputs, flatten_outputs
-from normsurgery.precision import float64_copy, lifted
+from normsurgery.precision import NotFloat64, float64_copy, lifted, own_type
 from normsurgery.treecopy import tree_copy
 from normsurgery.verify.evidence import Mode
 from normsurgery.verify.shaking import moved, shaken
@@ -44,7 +45,14 @@ class Run:
     gradients: Mapping[str, Tensor] = field(default_factory=dict)
 
     def is_finite(self) -> bool:
-        return all(bool(t.isfinite().all()) for t in self.outputs.values() if _is_floating(t))
+        return all(bool(t.isfinite().all()) for t in self.outputs.values() if _is_inexact(t))
+
+
+def runner_names(runners: str | Sequence[str]) -> tuple[str, ...]:
+    """Runners as a caller may give them: one name, names with commas between, or several."""
+    if isinstance(runners, str):
+        runners = [name.strip() for name in runners.split(",")]
+    return tuple(name for name in runners if name)
 
 
 def missing_runner(runner: str) -> str:
@@ -90,7 +98,8 @@ def run_float64(
     shaking: bool = False,
     flatten: Flatten = flatten_outputs,
 ) -> Run:
-    """The truth: `model` with exactly its rounded weights, computed in float64 throughout.
+    """The truth: `model` with exactly its rounded weights, computed in float64 (complex128)
+    throughout.
 
     rounding: move every floating input, parameter and buffer by so much, relatively, up or down at
         random (FLOAT32_ROUNDING: one rounding of float32), which shows how well conditioned the
@@ -99,18 +108,47 @@ def run_float64(
 
     Raises NotFloat64 where an operation insists on a lower type, and whatever the model raises.
     """
-    clone = float64_copy(model).cpu()
+    clone = _wide_complex(float64_copy(model).cpu())
     use_plain_experts(clone)
-    given = _mapped_floats(fresh(inputs, "cpu"), Tensor.double)
+    given = _mapped_floats(fresh(inputs, "cpu"), _wide)
     if rounding:
         generator = torch.Generator().manual_seed(seed)
         given = _mapped_floats(given, lambda tensor: moved(tensor, rounding, generator))
         with torch.no_grad():
             for tensor in (*clone.parameters(), *clone.buffers()):
-                if tensor.is_floating_point():
+                if _is_inexact(tensor):
                     tensor.copy_(moved(tensor, rounding, generator))
-    with lifted(), shaken(rounding, seed) if shaking else nullcontext():
-        return _run(clone, given, mode, seed, recording, flatten)
+    own = own_type(*(tuple(model.parameters()) or _floats_of(inputs)))
+    with lifted(own), shaken(rounding, seed) if shaking else nullcontext():
+        run = _run(clone, given, mode, seed, recording, flatten)
+    _require_wide(run)
+    return run
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.complex128) if tensor.is_complex() else tensor.double()
+
+
+def _wide_complex(model: nn.Module) -> nn.Module:
+    """The module with complex128 for complex parameters and buffers, which `double` leaves."""
+    if not any(tensor.is_complex() for tensor in (*model.parameters(), *model.buffers())):
+        return model
+    widened: nn.Module = model._apply(  # type: ignore[no-untyped-call]
+        lambda tensor: _wide(tensor) if tensor.is_complex() else tensor
+    )
+    return widened
+
+
+def _require_wide(run: Run) -> None:
+    """Raise NotFloat64 where a model casts to complex64 itself, which `lifted` does not lift."""
+    for name, tensor in run.outputs.items():
+        if tensor.is_complex() and tensor.dtype is not torch.complex128:
+            raise NotFloat64(f"output {name} is {tensor.dtype} in a float64 reference run")
+
+
+def _floats_of(inputs: Inputs) -> tuple[Tensor, ...]:
+    leaves = tree_leaves((inputs.args, dict(inputs.kwargs)))
+    return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
 
 
 def fresh(inputs: Inputs, device: str | torch.device | None = None) -> Inputs:
@@ -176,7 +214,8 @@ def _run(
 ) -> Run:
     set_mode(model, mode)
     leaves: list[Tensor] = []
-    with same_randomness(seed), torch.set_grad_enabled(recording != "plain"):
+    grad = torch.set_grad_enabled(recording != "plain")
+    with same_randomness(seed), grad, patch.object(torch, "cond", _plain_cond):
         given = _with_gradients(inputs, leaves) if recording == "backward" else inputs
         outputs = flatten(given.call(model))
         found = {}
@@ -186,10 +225,20 @@ def _run(
     return Run({name: _kept(t) for name, t in outputs.items()}, statistics, found)
 
 
+def _plain_cond(
+    pred: Any, true_fn: Callable[..., Any], false_fn: Callable[..., Any], operands: Any = ()
+) -> Any:
+    """What torch.cond computes, without the compiler that it calls: that takes no float64 run, and
+    fails for the rest of the process where it met one."""
+    return (true_fn if bool(pred) else false_fn)(*operands)
+
+
 def _with_gradients(inputs: Inputs, leaves: list[Tensor]) -> Inputs:
     """Floating inputs as leaves; the model gets a clone, so that it may work in place."""
 
     def leaf(value: Tensor) -> Tensor:
+        if value.is_complex():  # gradients of complex numbers are not judged
+            return value
         leaves.append(value.detach().requires_grad_(True))
         return leaves[-1].clone()
 
@@ -220,7 +269,7 @@ def _cotangent(output: Tensor, seed: int) -> Tensor:
 
 def _mapped_floats(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
     def one(value: Any) -> Any:
-        return change(value) if _is_floating(value) else value
+        return change(value) if _is_inexact(value) else value
 
     args, kwargs = tree_map(one, (inputs.args, dict(inputs.kwargs)))
     return Inputs(args, kwargs)
@@ -232,3 +281,7 @@ def _kept(tensor: Tensor) -> Tensor:
 
 def _is_floating(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _is_inexact(value: Any) -> bool:
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())

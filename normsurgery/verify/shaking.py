@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 if TYPE_CHECKING:
     from onnx import NodeProto
@@ -74,7 +74,9 @@ class _Shaken(TorchDispatchMode):  # type: ignore[no-untyped-call]
             given = summed(args[0], over, self._rounding, self._generator, groups)
             args = (given, *args[1:])
         result = func(*args, **(kwargs or {}))
-        computes = bool(types) and not any(r.alias_info for r in func._schema.returns)
+        reads = any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs)))
+        computes = reads and not any(r.alias_info for r in func._schema.returns)
+        computes &= func._schema.name.removeprefix("aten::") not in _EXACT
         return tree_map(self._move, result) if computes else result
 
     def _move(self, value: Any) -> Any:
@@ -96,6 +98,19 @@ def shaken_inputs(
         groups = _groups_of_node(node) if place == 0 else 0
         found[name] = summed(value, over, rounding, generator, groups)
     return found
+
+
+# What these give needs no rounding: whole numbers, or values that they only choose or copy.
+_CHOOSING = "max min amax amin maximum minimum clamp clamp_min clamp_max relu sort topk where"
+_COPYING = "cat stack index index_select gather embedding masked_fill flip roll repeat clone"
+_EXACT = frozenset(
+    (
+        *("round", "floor", "ceil", "trunc", "sign", "neg", "abs"),
+        *_CHOOSING.split(),
+        *_COPYING.split(),
+        *("_to_copy", "constant_pad_nd", "max_pool2d_with_indices"),
+    )
+)
 
 
 def _all(args: Any, kwargs: Any) -> list[int]:

@@ -147,8 +147,8 @@ def _verdict(trial: Trial, value: Tensor, name: str, native: Tensor | None) -> V
     if value.dtype is torch.float64 and trial.precision is not torch.float64:
         native = None  # a float64 run of a graph is held to the truth alone
     verdict = judge(value, truth[name], native, precision=trial.precision)
-    if verdict.passed is True or verdict.compared == 0 or not value.is_floating_point():
-        return verdict  # another shape or type, or integers: no rounding does that
+    if verdict.passed is True or verdict.compared == 0:
+        return verdict  # another shape or type: no rounding does that
     return _with_conditioning(trial, value, name, native, verdict)
 
 

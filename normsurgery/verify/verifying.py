@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor, nn
+
 from normsurgery.errors import NormsurgeryError, UnknownName, UsageError
 from normsurgery.inputs import Inputs, as_inputs, infer
+from normsurgery.inputs.outputs import flatten_numbers, neither
 from normsurgery.verify import sides
-from normsurgery.verify.compare import Pair
-from normsurgery.verify.evidence import Evidence, LeftOut, Mode
+from normsurgery.verify.compare import Pair, one_line
+from normsurgery.verify.evidence import Comparison, Evidence, LeftOut, Mode
 from normsurgery.verify.hard_inputs import Case, hard_inputs
-from normsurgery.verify.modules import verify_modules
-from normsurgery.verify.runners import missing_runner
+from normsurgery.verify.judge import Verdict, judge, unchanged
+from normsurgery.verify.memory import available_bytes
+from normsurgery.verify.modules import float64_bytes, verify_modules
+from normsurgery.verify.runners import (
+    FLOAT32_ROUNDING,
+    missing_runner,
+    run_float64,
+    run_native,
+    runner_names,
+)
 from normsurgery.verify.stages import Blame
 
 if TYPE_CHECKING:
@@ -28,9 +41,9 @@ def verify(
     b: Model,
     inputs: Any = None,
     *,
-    on: Sequence[str] = ("cpu",),
-    require_runner: Sequence[str] = (),
-    modes: Sequence[str] = ("eval",),
+    on: str | Sequence[str] = ("cpu",),
+    require_runner: str | Sequence[str] = (),
+    modes: str | Sequence[str] = ("eval",),
     gradients: bool = False,
     hard: bool = True,
     intermediates: bool = True,
@@ -59,8 +72,9 @@ def verify(
             may be a file of runs that `save` wrote, maybe on another machine.
         inputs: a tuple of positional arguments, a dict of keyword arguments, or `Inputs`; inferred
             from `a` where left out.
-        on: runners, of "cpu", "cuda" and "tensorrt": torch for a torch model, onnxruntime for an
-            ONNX model. One that this machine lacks is reported as not run.
+        on: runners, of "cpu", "cuda" and "tensorrt" (also as one string, "cpu,cuda"): torch for a
+            torch model, onnxruntime for an ONNX model. One that this machine lacks is reported as
+            not run.
         require_runner: runners without which this is no pass.
         modes: "eval", "train", or both. Both models draw the same random numbers.
         gradients: judge gradients of inputs and of parameters that both have by the same name.
@@ -72,12 +86,17 @@ def verify(
             that needs more is verified module by module, and the evidence says so.
         save: write what `b` computes to this `.safetensors` file, to be judged elsewhere.
 
+    What an output holds besides tensors: numbers and booleans are judged where both sides are torch
+    models; everything else is named in the notes.
+
     Raises UsageError where both sides are one file or share weights, a mode is unknown, an ONNX
-    model is asked for train mode or gradients, or inputs do not fit it; UnknownName for a runner;
+    model is asked for train mode or gradients, inputs do not fit it, or `a` holds TorchScript and
+    is to be compared with a torch model; UnknownName for a runner;
     CannotRead where a side cannot be loaded or has no weights (meta); CannotTrace where `a` does
     not run on the inputs.
     """
     wanted_modes = _checked_modes(modes)
+    on, require_runner = runner_names(on), runner_names(require_runner)
     given = None if inputs is None else as_inputs(inputs)
     sides.refuse_same_file(a, b)
     if sides.is_saved_run(b, a):
@@ -127,6 +146,7 @@ def _torch_models(
     wanted = tuple(dict.fromkeys((*on, *require_runner)))
     missing = {runner: missing_runner(runner) for runner in wanted}
     pair = Pair(sides.as_module(a), sides.as_module(b))
+    _refuse_script(pair.original)
     sides.refuse_shared_storage(pair.original, pair.changed)
     given = infer(a) if given is None else given  # type: ignore[arg-type]
     cases: tuple[Case, ...] = (Case("example", given),)
@@ -143,10 +163,112 @@ def _torch_models(
         seed=seed,
         memory=memory,
     )
+    evidence = _with_the_rest(evidence, pair, cases, modes, runners[:1], memory)
     if save is not None:
         _save(save, a, pair, cases, runners, seed)
     absent = tuple(LeftOut("not run", "", r, "", reason) for r, reason in missing.items() if reason)
     return replace(evidence, left_out=(*absent, *evidence.left_out), required=tuple(require_runner))
+
+
+def _refuse_script(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UsageError(
+                f"{path or 'the first model'} is TorchScript, which takes no hooks, and verify "
+                "measures the first model with hooks. Give the Python model it was made from as "
+                "the first, and this one as the second."
+            )
+
+
+def _with_the_rest(
+    evidence: Evidence,
+    pair: Pair,
+    cases: Sequence[Case],
+    modes: Sequence[Mode],
+    runners: Sequence[str],
+    memory: int | None,
+) -> Evidence:
+    """With what the outputs hold besides tensors: numbers judged, the rest named in a note."""
+    comparisons: list[Comparison] = []
+    others: dict[str, None] = {}
+
+    def numbers(output: Any) -> dict[str, Tensor]:
+        others.update(dict.fromkeys(neither(output)))
+        return flatten_numbers(output)
+
+    def ran(model: nn.Module, case: Case, mode: Mode, runner: str) -> Mapping[str, Tensor]:
+        seed = evidence.seed
+        run = run_native(model, case.inputs, mode, seed=seed, device=runner, flatten=numbers)
+        return run.outputs
+
+    for runner, mode in product(runners, modes):
+        for case in cases:
+            try:
+                old, new = (ran(m, case, mode, runner) for m in (pair.original, pair.changed))
+            except Exception:  # that a model does not run is said where its tensors are compared
+                continue
+            if not old and not new:
+                break  # a model without numbers is not run again
+            for name, verdict in _judged_numbers(old, new, pair, case, mode, evidence.seed, memory):
+                comparisons.append(Comparison(case.label, runner, mode, "plain", name, verdict))
+    told = f"not compared, being neither tensors nor numbers: {'; '.join(others)}"
+    return replace(
+        evidence,
+        comparisons=(*evidence.comparisons, *comparisons),
+        notes=(*evidence.notes, told) if others else evidence.notes,
+    )
+
+
+def _judged_numbers(
+    old: Mapping[str, Tensor],
+    new: Mapping[str, Tensor],
+    pair: Pair,
+    case: Case,
+    mode: Mode,
+    seed: int,
+    memory: int | None,
+) -> Iterator[tuple[str, Verdict]]:
+    if old.keys() != new.keys():
+        places = [", ".join(side) or "nowhere" for side in (new, old)]
+        yield (
+            "outputs",
+            Verdict(False, "numbers at {}, the original has them at {}".format(*places)),
+        )
+        return
+
+    def truth(rounding: float = 0.0) -> Mapping[str, Tensor]:
+        return run_float64(
+            pair.original, case.inputs, mode, seed=seed, rounding=rounding, flatten=flatten_numbers
+        ).outputs
+
+    for name, value in old.items():
+        # 3 and 3.0 are one number
+        found = value if bool(new[name] == value) else new[name]
+        verdict = unchanged(found, value)
+        if verdict is None:
+            verdict = _judged_number(found, value, name, pair.original, case, truth, memory)
+        yield f"output {name}", verdict
+
+
+def _judged_number(
+    new: Tensor,
+    old: Tensor,
+    name: str,
+    original: nn.Module,
+    case: Case,
+    truth: Callable[..., Mapping[str, Tensor]],
+    memory: int | None,
+) -> Verdict:
+    room = available_bytes() if memory is None else memory
+    try:
+        if float64_bytes(original, case.inputs) > room:
+            return Verdict(None, "no float64 reference: it does not fit", compared=1)
+        verdict = judge(new, truth()[name], old)
+        if verdict.passed is False:
+            verdict = judge(new, truth()[name], old, truth(FLOAT32_ROUNDING)[name])
+    except Exception as error:  # any operation may lack float64
+        return Verdict(None, f"no float64 reference: {one_line(error)}", compared=1)
+    return verdict
 
 
 def _save(

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from onnx.reference.op_run import OpRun
-from onnx.reference.ops import _op_list
 from torch import Tensor
 
 Array = np.ndarray[Any, Any]
@@ -185,8 +184,11 @@ class AveragePool(OpRun):
         return (sums / weights,)
 
 
-class MaxPool(_op_list.MaxPool):
-    def _run(  # type: ignore[override]
+class MaxPool(OpRun):
+    """Its second output is as the text of the standard and onnxruntime have it; the reference of
+    the onnx package counts otherwise."""
+
+    def _run(
         self,
         x: Array,
         auto_pad: str | None = None,
@@ -198,18 +200,38 @@ class MaxPool(_op_list.MaxPool):
         strides: Sizes | None = None,
     ) -> tuple[Array, ...]:
         count = x.ndim - 2
-        if len(self.output) > 1 or x.dtype.kind != "f":
-            options = (auto_pad, ceil_mode, dilations, kernel_shape, pads, storage_order, strides)
-            found: tuple[Array, ...] = super()._run(x, *options)  # type: ignore[no-untyped-call]
-            return found
         strides, dilations = strides or [1] * count, dilations or [1] * count
         spans = _spans(kernel_shape, dilations)
         around = _paddings(auto_pad, pads, x.shape[2:], spans, strides)
-        least = -math.inf
-        windows = _windows(
-            x, kernel_shape, strides, dilations, around, bool(ceil_mode), least, least
-        )
-        return (windows.max(tuple(range(-count, 0))),)
+        shared = (kernel_shape, strides, dilations, around, bool(ceil_mode))
+        least = -math.inf if x.dtype.kind == "f" else int(np.iinfo(x.dtype).min)
+        windows = _windows(x, *shared, least, least)
+        axes = tuple(range(-count, 0))
+        if len(self.output) < 2:
+            return (windows.max(axes),)
+        places = _windows(_places(x.shape, storage_order), *shared, -1, -1)
+        return windows.max(axes), _first_largest(windows, places, count)
+
+
+def _places(shape: Sizes, storage_order: int) -> Array:
+    """The position of every value in the flat input, without padding.
+
+    storage_order: 1 counts the spatial axes of one channel in column-major order.
+    """
+    inside = np.arange(math.prod(shape[2:]), dtype=np.int64)
+    inside = inside.reshape(shape[2:], order="F" if storage_order else "C")
+    channels = np.arange(math.prod(shape[:2]), dtype=np.int64) * inside.size
+    return channels.reshape(*shape[:2], *(1,) * inside.ndim) + inside
+
+
+def _first_largest(windows: Array, places: Array, count: int) -> Array:
+    """The place of the first largest value of each window; -1 stands for padding."""
+    outside = windows.shape[: windows.ndim - count]
+    values, flat = windows.reshape(*outside, -1), places.reshape(*outside, -1)
+    largest = values.max(-1, keepdims=True)
+    found = ((values == largest) | np.isnan(values)) & (flat >= 0)
+    first: Array = np.take_along_axis(flat, found.argmax(-1)[..., None], -1)[..., 0]
+    return first
 
 
 class GridSample(OpRun):
