@@ -113,8 +113,10 @@ def batches(texts: Sequence[str] | None) -> list[Inputs] | None:
 
 def output_path(loaded: Loaded, suffix: str, out: Path | None, *, force: bool) -> Path:
     """Where to write; raises UsageError now, and not after minutes, where that cannot be done."""
-    from normsurgery.artefacts.saving import check_target
+    from normsurgery.artefacts.saving import check_name, check_target
 
+    if out is not None:
+        check_name(out, loaded.kind)
     path = out or loaded.output(suffix)
     check_target(path, force=force)
     return path

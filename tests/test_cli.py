@@ -615,6 +615,14 @@ WRONG = {
     "no such path": (["swap", "MODEL", "--to", "gn", "--only", "layer9.*"], 2, "no site matches"),
     "no such file": (["find", "nowhere.pt"], 3, "nowhere.pt"),
     "not a model": (["find", "FOREIGN"], 3, "foreign.pt"),
+    "a directory as output": (["fold", "MODEL", "-o", "."], 2, "model.pt"),
+    "the name of another kind": (
+        ["swap", "MODEL", "--to", "gn", "-o", "swapped.onnx"],
+        2,
+        "what is written is a pickled model, no .onnx file",
+    ),
+    "a name without a suffix": (["fold", "MODEL", "-o", "folded"], 2, "without a suffix"),
+    "a name that is not ONNX's": (["export", "MODEL", "-o", "model.pth"], 2, "end in .onnx"),
     "inputs it does not take": (["find", "MODEL", "--input", "2x5x8x8"], 3, "Give inputs"),
 }
 

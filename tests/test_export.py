@@ -1067,3 +1067,142 @@ def test_a_cast_keeps_what_it_can_and_tells_what_it_loses() -> None:
 
 def test_every_error_is_one_of_ours() -> None:
     assert all(issubclass(error, NormsurgeryError) for _, _, error, _ in REFUSED.values())
+
+
+class Remembering(nn.Module):
+    """Adds what it has seen, and keeps a part of it."""
+
+    def __init__(self, *, in_place: bool) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(FEATURES))
+        self.in_place = in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x + self.seen
+        if self.in_place:
+            self.seen.mul_(0.9).add_(x.mean(0))
+        else:
+            self.seen = self.seen * 0.9 + x.mean(0)
+        return y
+
+
+class Tallying(nn.Module):
+    """Writes a buffer that no output reads, and one that it writes back as it was."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        self.register_buffer("ramp", torch.arange(float(FEATURES)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.ramp.copy_(torch.arange(float(FEATURES)))
+        return x + self.ramp
+
+
+class Summing(nn.Module):
+    """Gives the very buffer that it writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("total", torch.zeros(FEATURES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.total += x.mean(0)
+        return self.total
+
+
+class Numbered(nn.Module):
+    """State that is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * self.calls
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (Remembering(in_place=True), "writes seen in its eval forward"),
+        (nn.Sequential(Remembering(in_place=False), nn.Linear(FEATURES, 2)), "writes 0.seen"),
+        (Summing(), "writes total"),
+        (Numbered(), "keeps what is no tensor"),
+    ],
+)
+def test_state_from_call_to_call_is_refused_by_its_name(
+    model: nn.Module, said: str, tmp_path: Path
+) -> None:
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(CannotTrace, match=f"{said}.*Pass that state as an input"):
+        ns.export(model, tmp_path / "m.onnx", (torch.randn(3, FEATURES),))
+    assert all(torch.equal(before[name], now) for name, now in model.state_dict().items())
+    assert not list(tmp_path.iterdir())
+
+
+def test_state_of_an_exported_program_is_refused(tmp_path: Path) -> None:
+    x = torch.randn(3, FEATURES)
+    program = torch.export.export(Remembering(in_place=True), (x,), strict=False)
+    with pytest.raises(CannotTrace, match="writes seen"):
+        ns.export(program, tmp_path / "m.onnx", (x,))
+
+
+def test_what_a_call_writes_and_no_output_reads_is_told(tmp_path: Path) -> None:
+    report = ns.export(Tallying(), tmp_path / "m.onnx", (torch.randn(3, FEATURES),))
+    assert report.evidence is not None and report.evidence.passed
+    assert [note for note in report.notes if "writes" in note] == [
+        "the eval forward also writes calls; the file does not"
+    ]
+
+
+class Doubling(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul_(2) + 1
+
+
+def test_a_model_that_works_in_place_on_its_input_is_exported(tmp_path: Path) -> None:
+    x = torch.randn(3, FEATURES)
+    kept = x.clone()
+    report = ns.export(Doubling(), tmp_path / "m.onnx", (x,))
+    assert report.evidence is not None and report.evidence.passed
+    assert torch.equal(x, kept)
+
+
+@pytest.mark.parametrize("dynamic", [[0], "batch", True])
+def test_dynamic_that_is_no_table_is_refused(dynamic: Any, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"dynamic is .* Give \{0: 'batch'\}"):
+        ns.export(nn.Linear(3, 2), tmp_path / "m.onnx", (torch.randn(3, 3),), dynamic=dynamic)
+
+
+def test_a_runner_may_be_given_by_its_name_alone(tmp_path: Path) -> None:
+    x = torch.randn(3, 3)
+    report = ns.export(
+        nn.Linear(3, 2), tmp_path / "m.onnx", (x,), on="cpu", require_runner="cpu", hard=False
+    )
+    assert report.evidence is not None and report.evidence.required == ("cpu",)
+    with pytest.raises(UnknownName, match="unknown runner 'gpu'"):
+        ns.export(nn.Linear(3, 2), tmp_path / "n.onnx", (x,), on="cpu, gpu")
+
+
+class Conditional(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.cond(x.sum() > 0, lambda x: x * 2, lambda x: x - 1, (x,))
+        return y
+
+
+def test_torch_cond_is_refused_and_goes_on_working(tmp_path: Path) -> None:
+    x = torch.randn(3, 3)
+    with pytest.raises(CannotTrace, match=r"Conditional branches with torch\.cond"):
+        ns.export(Conditional(), tmp_path / "m.onnx", (x,))
+    program = torch.export.export(Conditional(), (x,), strict=False)
+    with pytest.raises(CannotTrace, match=r"control flow on values \(cond\)"):
+        ns.export(program, tmp_path / "m.onnx", (x,), fold=False)
+
+
+def test_torchscript_cannot_be_traced() -> None:
+    x = torch.randn(3, 3)
+    with pytest.raises(CannotTrace, match=r"is TorchScript.*the Python model"):
+        trace(torch.jit.trace(nn.Linear(3, 2), x), Inputs((x,), {}))

@@ -18,7 +18,7 @@ from torch.export import ExportedProgram
 
 from normsurgery import __version__
 from normsurgery.artefacts.checkpoints import RECORD
-from normsurgery.artefacts.loaded import MARK, Kind, Loaded
+from normsurgery.artefacts.loaded import MARK, SUFFIX, Kind, Loaded
 from normsurgery.artefacts.pickles import first_line
 from normsurgery.errors import UsageError
 
@@ -51,6 +51,29 @@ def save(
         temporary_report.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         write(loaded, model, plans, temporary)
     return out, beside
+
+
+_NAMES: Mapping[Kind, tuple[str, frozenset[str]]] = {
+    "pickle": ("a pickled model", frozenset({".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle"})),
+    "exported": ("an exported program", frozenset({".pt2"})),
+    "factory": ("weights as safetensors", frozenset({".safetensors"})),
+}
+_OTHERS = frozenset({".onnx", ".json", ".html", ".md"})
+_TAKEN = _OTHERS.union(*(names for _, names in _NAMES.values()))
+
+
+def check_name(out: Path, kind: Kind) -> None:
+    """Raise UsageError for a name that says that another kind of file is there, or a directory."""
+    if kind not in _NAMES:
+        return
+    what, own = _NAMES[kind]
+    example = f"Give the name of a file, such as model{SUFFIX[kind]}."
+    if not out.name or out.is_dir():
+        raise UsageError(f"{out} is a directory. {example}")
+    if not out.suffix:
+        raise UsageError(f"{out}: a file without a suffix is not recognised again. {example}")
+    if out.suffix.lower() in _TAKEN - own:
+        raise UsageError(f"{out}: what is written is {what}, no {out.suffix} file. {example}")
 
 
 def check_target(out: Path, *, force: bool) -> Path:

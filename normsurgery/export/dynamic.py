@@ -74,8 +74,9 @@ def resolve(
             `{"input_ids": {0: "batch", 1: "sequence"}}` by input; both may stand in one.
         bounds: smallest and largest size of an axis by its name, where the model has such.
 
-    Raises UnknownName for an input that the call does not have, UsageError for an axis that no
-    input has, for a name that is no identifier, and where axes of one name differ in size.
+    Raises UnknownName for an input that the call does not have, UsageError for a `dynamic` that is
+    no such table, for an axis that no input has, for a name that is no identifier, and where axes
+    of one name differ in size.
     """
     if not dynamic:
         return Axes((), None)
@@ -138,16 +139,15 @@ def _as_given(forward: Callable[..., Any], arguments: Mapping[str, Any], inputs:
 
 
 def _by_input(dynamic: Dynamic, tensors: Mapping[str, Tensor]) -> dict[str, Mapping[int, str]]:
+    if not isinstance(dynamic, Mapping):
+        raise UsageError(_no_table(dynamic))
     every = {key: name for key, name in dynamic.items() if isinstance(key, int)}
     wanted = _for_every(every, tensors)  # type: ignore[arg-type]
     for key, axes in dynamic.items():
         if isinstance(key, int):
             continue
         if not isinstance(key, str) or not isinstance(axes, Mapping):
-            raise UsageError(
-                f"dynamic is {dict(dynamic)!r}. Give {{0: 'batch'}} for every tensor input, or "
-                "{'input_ids': {0: 'batch', 1: 'sequence'}} by input."
-            )
+            raise UsageError(_no_table(dict(dynamic)))
         below = [name for name in tensors if name == key or name.startswith(f"{key}_")]
         if key in tensors:
             below = [key]
@@ -155,6 +155,13 @@ def _by_input(dynamic: Dynamic, tensors: Mapping[str, Tensor]) -> dict[str, Mapp
             raise UnknownName("input with a dynamic axis", key, tensors)
         wanted |= {name: {**wanted[name], **axes} for name in below}
     return wanted
+
+
+def _no_table(dynamic: object) -> str:
+    return (
+        f"dynamic is {dynamic!r}. Give {{0: 'batch'}} for every tensor input, or "
+        "{'input_ids': {0: 'batch', 1: 'sequence'}} by input."
+    )
 
 
 def _for_every(

@@ -12,7 +12,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from normsurgery import __version__
-from normsurgery.errors import CannotRun, PromiseBroken
+from normsurgery.errors import CannotRun, NormsurgeryError, PromiseBroken
 from normsurgery.export import opsets
 from normsurgery.export.annotating import annotate_model, plan_hash
 from normsurgery.export.decompositions import as_written
@@ -22,15 +22,19 @@ from normsurgery.export.facts import EpsFact, OnnxFacts
 from normsurgery.export.half import wanted_dtype
 from normsurgery.export.preparing import Asked, Prepared, prepared
 from normsurgery.export.quiet import quiet
+from normsurgery.export.refusals import require_stateless
+from normsurgery.export.tracing import eval_copy
 from normsurgery.export.translating import Translation, axis_names, translate
 from normsurgery.export.writing import Draft, check_target, data_path, wants_external_data
 from normsurgery.fold.casting import NAMES
+from normsurgery.inputs import as_inputs
 from normsurgery.onnxfile.reading import OnnxFile, check, norm_operators, read
 from normsurgery.onnxfile.sessions import Session, missing_provider
 from normsurgery.plan import versions
 from normsurgery.report import Report
 from normsurgery.verify.evidence import Evidence
 from normsurgery.verify.exported import verify_export
+from normsurgery.verify.runners import fresh, runner_names
 
 
 def export(
@@ -44,8 +48,8 @@ def export(
     fold: bool = True,
     allow_batch_stats: bool = False,
     verify: bool = True,
-    on: Sequence[str] = ("cpu",),
-    require_runner: Sequence[str] = (),
+    on: str | Sequence[str] = ("cpu",),
+    require_runner: str | Sequence[str] = (),
     hard: bool = True,
     seed: int = 0,
     external_data: bool | None = None,
@@ -76,16 +80,20 @@ def export(
     A file that failed its verification is kept as `<stem>.failed.onnx`, not under its own name.
 
     Raises UsageError for an option, a dtype, an opset or a path that cannot be; CannotTrace where
-    the model draws random numbers, normalises with the batch, or cannot be traced; CannotRun where
-    a runner of `on` cannot load the file; PromiseBroken where an eps of the traced model is not in
-    the file. Nothing is written then.
+    the model draws random numbers, keeps state from call to call, normalises with the batch, or
+    cannot be traced; CannotRun where a runner of `on` cannot load the file; PromiseBroken where an
+    eps of the traced model is not in the file. Nothing is written then.
     """
     opsets.check_opset(opset)
     asked = Asked(wanted_dtype(dtype), fold, allow_batch_stats)
+    on, require_runner = runner_names(on), runner_names(require_runner)
     missing = {runner: missing_provider(runner) for runner in (*on, *require_runner)}
     target = Path(path) if path is not None else Path(_default_name(model))
     check_target(target, force=force)
+    if inputs is not None:
+        inputs = fresh(as_inputs(inputs))  # a model may work in place on what it is given
     ready = prepared(model, inputs, dynamic, asked)
+    unwritten = _unwritten_state(ready)
     number, reason = opsets.choose_opset(ready.program, opset)
     translation = translate(ready.program, number)
     written = translation.optimised
@@ -98,8 +106,9 @@ def export(
         file = read(draft.file)
         evidence = None
         if verify:
-            options = _Options(tuple(on), tuple(require_runner), hard, seed)
+            options = _Options(on, require_runner, hard, seed)
             evidence = _verified(ready, translation, file, asked, options)
+        notes = (*ready.notes, *unwritten)
         passed = evidence is None or evidence.passed
         final = target if passed or force else target.with_name(f"{target.stem}.failed.onnx")
         report = Report(
@@ -108,7 +117,7 @@ def export(
             keymap=ready.keymap,
             evidence=evidence,
             versions=_versions(),
-            notes=ready.notes if passed else (*ready.notes, _kept_as(final, target)),
+            notes=notes if passed else (*notes, _kept_as(final, target)),
             onnx=_facts(file, final, reason, external, ready, eps),
         )
         draft.write_report(report.to_json())
@@ -122,6 +131,21 @@ class _Options:
     require_runner: tuple[str, ...]
     hard: bool
     seed: int
+
+
+def _unwritten_state(ready: Prepared) -> tuple[str, ...]:
+    """Notes on tensors that the model writes and the file does not.
+
+    Raises CannotTrace where its outputs depend on them: an exported program was not asked before.
+    """
+    original = ready.original
+    module = original.module() if isinstance(original, ExportedProgram) else original
+    try:
+        return require_stateless(eval_copy(module), ready.inputs)
+    except NormsurgeryError:
+        raise
+    except Exception:  # that a program does not run on these inputs is said where it is verified
+        return ()
 
 
 def _default_name(model: object) -> str:

@@ -1,9 +1,11 @@
-"""What is not exported, and why: a graph that would still train, draw, or has no values."""
+"""What is not exported, and why: a model that trains, draws or remembers, or has no values."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,10 +17,14 @@ from normsurgery.inputs import Inputs
 from normsurgery.inputs.outputs import flatten_outputs
 from normsurgery.randomstate import random_state_kept
 from normsurgery.treecopy import tree_copy
-from normsurgery.verify.judge import judge
+from normsurgery.verify.judge import judge, same_bits
+from normsurgery.verify.runners import fresh
 
 _SAID = 4  # as many places are named in one sentence
 _PROBABILITIES = ("p", "dropout_p", "dropout", "probability")
+_CONTROL_FLOW = ("cond", "while_loop")
+_UNPROVEN = "A run on the inputs shows one of the ways only, so the file could not be proven."
+_WHERE = "Write it with torch.where, which computes both."
 _TRAINING = ("train", "training")
 
 
@@ -37,23 +43,93 @@ def require_values(model: nn.Module) -> tuple[str, ...]:
 
 
 def require_steady(model: nn.Module, inputs: Inputs) -> None:
-    """Run the model twice from other random states; raise CannotTrace where that shows.
+    """Run the model from other random states, and twice; raise CannotTrace where that shows.
 
     A number that Python or numpy draws leaves no operation in a trace: it would be frozen.
     """
-    runs = []
-    for seed in (0, 1):
-        copied = tree_copy(model, clone_buffers=True)
-        with random_state_kept(copied), torch.no_grad():
-            _seed(seed)
-            runs.append(flatten_outputs(inputs.call(copied)))
-    for name, first in runs[0].items():
-        if not _same(runs[1].get(name), first):
-            raise CannotTrace(
-                f"{type(model).__name__} draws random numbers in eval mode: with another seed its "
-                f"output {name} is another. A trace would freeze one draw. Take the randomness out "
-                "of the eval forward, or give the random values as an input."
-            )
+    first, other = (_outputs(tree_copy(model, clone=True), inputs, seed) for seed in (0, 1))
+    name = _first_difference(first, other)
+    if name:
+        raise CannotTrace(
+            f"{type(model).__name__} draws random numbers in eval mode: with another seed its "
+            f"output {name} is another. A trace would freeze one draw. Take the randomness out "
+            "of the eval forward, or give the random values as an input."
+        )
+    require_stateless(model, inputs)
+
+
+def require_stateless(model: nn.Module, inputs: Inputs) -> tuple[str, ...]:
+    """Notes on tensors of its own that a call changes though no output tells.
+
+    Raises CannotTrace where a second call on the same inputs gives another output, since an ONNX
+    graph keeps nothing from call to call. What a call fills in once, or writes back as it was, is
+    no state.
+    """
+    called = tree_copy(model, clone=True)
+    before = {name: tensor.detach().clone() for name, tensor in _own_tensors(called)}
+    first = _outputs(called, inputs, seed=0)
+    after = dict(_own_tensors(called))
+    written = [name for name, old in before.items() if not _unwritten(after.get(name), old)]
+    differs = _first_difference(first, _outputs(called, inputs, seed=0))
+    if differs:
+        state = f"writes {_listed(written)}" if written else "keeps what is no tensor"
+        raise CannotTrace(
+            f"{type(model).__name__} {state} in its eval forward, so that a second call on the "
+            f"same inputs gives another result ({differs}); an ONNX graph keeps nothing from call "
+            "to call. Pass that state as an input and return the new one, or leave it alone in "
+            "eval mode."
+        )
+    if not written:
+        return ()
+    return (f"the eval forward also writes {_listed(written)}; the file does not",)
+
+
+def _outputs(model: nn.Module, inputs: Inputs, seed: int) -> dict[str, Tensor]:
+    """Of a model that may draw, and may work in place on its inputs. Raises CannotTrace for one
+    that calls torch.cond."""
+    with random_state_kept(model), torch.no_grad(), _no_cond(type(model).__name__):
+        _seed(seed)
+        outputs = flatten_outputs(fresh(inputs).call(model))
+        return {name: tensor.clone() for name, tensor in outputs.items()}  # one may be a buffer
+
+
+@contextmanager
+def _no_cond(name: str) -> Iterator[None]:
+    """Inside, torch.cond is refused: it runs a compiler, which no recording of operations takes
+    (and torch would compile none of its branches again in this process)."""
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise CannotTrace(f"{name} branches with torch.cond. {_UNPROVEN} {_WHERE}")
+
+    with patch.object(torch, "cond", refuse):
+        yield
+
+
+def _first_difference(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> str:
+    return next((name for name in first if not _same(second.get(name), first[name])), "")
+
+
+def _own_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, buffers and tensors that are plain attributes, by name."""
+    for path, module in model.named_modules():
+        held = {**module._parameters, **module._buffers, **vars(module)}
+        for name, value in held.items():
+            if isinstance(value, Tensor):
+                yield f"{path}.{name}" if path else name, value
+
+
+def _unwritten(new: Tensor | None, old: Tensor) -> bool:
+    if new is None or new.shape != old.shape or new.dtype != old.dtype:
+        return False
+    try:
+        return same_bits(new, old)
+    except (NotImplementedError, RuntimeError):  # 8-bit floats, sparse: storage that nobody writes
+        return True
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SAID} more" if len(names) > _SAID else ""
+    return f"{', '.join(names[:_SAID])}{more}"
 
 
 def _seed(seed: int) -> None:
@@ -76,10 +152,17 @@ def _same(second: Tensor | None, first: Tensor) -> bool:
 
 
 def require_inference(program: ExportedProgram, *, allow_batch_stats: bool) -> tuple[str, ...]:
-    """Refuse operations that draw, or that normalise with the batch; notes on what was allowed.
+    """Refuse operations that draw, that branch, or that normalise with the batch; notes on what was
+    allowed.
 
     Raises CannotTrace naming module and line.
     """
+    branching = [node for node in operations(program) if _branches(node)]
+    if branching:
+        raise CannotTrace(
+            f"control flow on values ({branching[0].target}): {_named(branching)}. {_UNPROVEN} "
+            f"{_WHERE}"
+        )
     constant = constant_nodes(program)
     drawing = [node for node in operations(program) if _draws(node) and node not in constant]
     if drawing:
@@ -118,6 +201,11 @@ def operations(program: ExportedProgram) -> Iterator[fx.Node]:
     for module in program.graph_module.modules():
         if isinstance(module, fx.GraphModule):
             yield from (node for node in module.graph.nodes if node.op == "call_function")
+
+
+def _branches(node: fx.Node) -> bool:
+    operator = isinstance(node.target, torch._ops.HigherOrderOperator)
+    return operator and str(node.target) in _CONTROL_FLOW
 
 
 def _draws(node: fx.Node) -> bool:
@@ -165,6 +253,4 @@ def _drawing(nodes: list[fx.Node]) -> str:
 
 
 def _named(nodes: list[fx.Node]) -> str:
-    places = list(dict.fromkeys(where(node) for node in nodes))
-    more = f" and {len(places) - _SAID} more" if len(places) > _SAID else ""
-    return f"{', '.join(places[:_SAID])}{more}"
+    return _listed(list(dict.fromkeys(where(node) for node in nodes)))

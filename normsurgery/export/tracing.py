@@ -20,6 +20,7 @@ from torch.export import ExportedProgram
 
 from normsurgery.errors import CannotTrace
 from normsurgery.export.dynamic import Axes, Dynamic, enlarged, resolve
+from normsurgery.export.guards import least_sizes
 from normsurgery.export.quiet import quiet
 from normsurgery.inputs import Inputs
 from normsurgery.inputs.outputs import flatten_outputs
@@ -44,9 +45,15 @@ def trace(model: nn.Module, inputs: Inputs, dynamic: Dynamic | None = None) -> E
     Args:
         dynamic: as `export` takes it.
 
-    Raises CannotTrace, saying which axis is fixed by which line, or which line branches on data;
+    Raises CannotTrace, saying which axis is fixed by which line, which line branches on data, or
+    that the model is TorchScript;
     UsageError or UnknownName for a `dynamic` that does not fit the inputs.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CannotTrace(
+            f"{type(model).__name__} is TorchScript, which torch.export does not take. Give the "
+            "Python model it was made from."
+        )
     working = eval_copy(model)
     working.register_forward_hook(_named_outputs)
     axes = resolve(working, inputs, dynamic)
@@ -63,13 +70,18 @@ def trace(model: nn.Module, inputs: Inputs, dynamic: Dynamic | None = None) -> E
 
 
 def _bounds(text: str, axes: Axes) -> dict[str, tuple[int, int | None]]:
-    """New bounds of dynamic axes that torch says the model has, such as a table of 512 positions.
+    """New bounds of dynamic axes that torch says the model has, such as a table of 512 positions,
+    or strides that leave nothing of a small image.
 
     Empty where it says anything else besides: then the axis cannot be had at all.
     """
     named = "|".join(axes.names)
     found = re.findall(rf"^\s*({named}) = (.+)$", text, re.M) if named else []
     bounds: dict[str, tuple[int, int | None]] = {}
+    for name, size in least_sizes(text, axes).items():
+        least, most = axes.bounds.get(name, (0, None))
+        if size > least:
+            bounds[name] = (size, most)
     for name, suggested in found:
         least, most = axes.bounds.get(name, (0, None))
         limits = re.fullmatch(rf"Dim\('{name}'(?:, min=(\d+))?(?:, max=(\d+))?\)", suggested)

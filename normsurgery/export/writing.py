@@ -34,6 +34,8 @@ def check_target(path: Path, *, force: bool) -> None:
         raise UsageError(f"{folder}: no permission to write {path.name} into this directory.")
     if path.is_dir():
         raise UsageError(f"{path} is a directory. Give the name of a file, such as model.onnx.")
+    if path.suffix != ".onnx":
+        raise UsageError(f"{path}: an ONNX file is known by its name. Let it end in .onnx.")
     for file in (path, data_path(path), report_path(path)):
         if file.exists() and not force:
             raise UsageError(f"{file} exists already. Give another name with -o, or --force.")
