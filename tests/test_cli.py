@@ -451,7 +451,8 @@ def test_only_what_is_ours_is_on_stderr(
         file = request.getfixturevalue("swapped_directory").with_name("llama")
         words = ["--to", "layernorm", "--input", "int64[1,4]<32"]
     script = Path(sys.executable).with_name("normsurgery")
-    typed = [script, "swap", file, *words, "--out", tmp_path / "out"]
+    out = tmp_path / f"out{file.suffix}"
+    typed = [script, "swap", file, *words, "--out", out]
     done = subprocess.run(typed, check=True, capture_output=True, text=True)
     ours = re.compile(r"(loading|finding|swapping) .* \.\.\. \(\d+ s\)")
     assert [line for line in done.stderr.splitlines() if not ours.fullmatch(line)] == []
