@@ -17,6 +17,7 @@ from normsurgery.fold.ground import Ground, Landing, Refused
 from normsurgery.fold.parallel_branches import KIND, Apart, BranchSum, branch_sums
 from normsurgery.fold.preconditions import require
 from normsurgery.surgery.obstacles import obstacle
+from normsurgery.surgery.owner.install import is_rewritten
 from normsurgery.surgery.surroundings import Surroundings
 from normsurgery.survey import Site
 
@@ -53,6 +54,11 @@ class Merging:
     def _accepted(self, found: BranchSum) -> tuple[str, ...]:
         """What to say about the merge. Raises Refused where something else needs a branch."""
         ground = self.ground
+        if is_rewritten(self.model.get_submodule(found.owner)):
+            # What was a call when the norms around it were decided would be a branch now.
+            raise Refused(
+                Check.NOT_REWRITABLE, f"that of {found.owner or 'the model'} was rewritten before"
+            )
         for site in found.identities:
             require(ground, self.model, site, self.around)
         for path in found.convolutions:

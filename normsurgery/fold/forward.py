@@ -51,12 +51,12 @@ class Forward:
         if value in self.flow.kept:
             raise Refused(Check.OUTPUT_USED, f"{self.ground.name(value)} is kept in an attribute")
         landings: list[Landing] = []
-        passed: set[int] = set()
+        # A branch of a merged layer reads what the layer reads, maybe behind a norm that is gone.
+        passed = {node.index for merged in self.ground.merged for node in merged.nodes}
         for run in self.ground.gone_from(value):
             passed |= {node.index for node in run.nodes}
             landings += self.consumers(run.end, channels, affine)
         for merged in (m for m in self.ground.merged if m.source == value):
-            passed |= {node.index for node in merged.nodes}
             landings.append(on_merged_input(self.ground, merged, channels, affine))
         for run in self.ground.going_from(value):
             landing = on_norm_input(self.ground, run, channels, affine)

@@ -172,13 +172,25 @@ class _Tree:
         common = [v for v in next(iter(read), ()) if all(v in values for values in read)]
         if not common:
             return None
-        found = [
-            _begun_at(self.ground, branch, values[: values.index(common[0])], common[0])
+        return [
+            self._begun_at(branch, values[: values.index(common[0])], common[0])
             for branch, values in zip(branches, read, strict=True)
         ]
-        inside = {n.index for n in self.ground.flow.between(common[0], self.root)}
-        readers = (n for b in found for v in b.between for n in self.ground.flow.readers(v))
-        return found if all(node.index in inside for node in readers) else None
+
+    def _begun_at(self, branch: Branch, passed: Sequence[int], source: int) -> Branch:
+        """The branch with the norms that are gone in front of it, whose outputs are `passed`. One
+        that something outside the sum reads as well is no part of it."""
+        if not passed:
+            return branch
+        inside = {node.index for node in self.ground.flow.between(source, self.root)}
+        own = [
+            value
+            for value in passed
+            if all(node.index in inside for node in self.ground.flow.readers(value))
+        ]
+        before = [node for value in reversed(own) for node in self.ground.ends[value].nodes]
+        nodes, between = (*before, *branch.nodes), (*branch.between, *own)
+        return replace(branch, source=source, nodes=nodes, between=between, normed=True)
 
     def _back_from(self, value: int) -> list[int]:
         """The value, and those that it was made of by norms that are gone."""
@@ -226,20 +238,6 @@ def _is_affine_run(run: Run) -> bool:
 
 def _identity(ground: Ground, run: Run) -> Branch:
     return Branch(run.start, run.nodes, run.site.path, normed=True, run=run)
-
-
-def _begun_at(ground: Ground, branch: Branch, between: Sequence[int], source: int) -> Branch:
-    """The branch with the norms that are gone in front of it; `between` are their outputs."""
-    if not between:
-        return branch
-    before = [node for value in reversed(between) for node in ground.ends[value].nodes]
-    return replace(
-        branch,
-        source=source,
-        nodes=(*before, *branch.nodes),
-        between=(*branch.between, *between),
-        normed=True,
-    )
 
 
 def _layer_branch(ground: Ground, node: Node, after: Sequence[Node], normed: bool) -> Branch:

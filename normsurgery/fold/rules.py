@@ -19,7 +19,9 @@ from normsurgery.fold.explicit_pad import padded_readers
 from normsurgery.fold.forward import Forward
 from normsurgery.fold.ground import Ground, Landing, Refused
 from normsurgery.fold.unlisted import is_unlisted
+from normsurgery.graph.flow import Operand
 from normsurgery.surgery.obstacles import lost_fact
+from normsurgery.surgery.source import tensor_at
 from normsurgery.survey import Site
 
 
@@ -119,7 +121,29 @@ def standalone(ground: Ground, site: Site) -> Proposal:
     """To one multiplication and addition, where it can go nowhere. Raises Refused."""
     if site.kind == "affine" or ground.choices.keep_classes:
         raise Refused(Check.NO_NEIGHBOUR)
+    if not ground.choices.untie:
+        _require_own_tensors(ground, site)
     return Proposal("standalone affine", Agreed(()), (), frozenset(), "affine")
+
+
+def _require_own_tensors(ground: Ground, site: Site) -> None:
+    """An affine has tensors of its own: those of the norm are no other module's. Raises Refused."""
+    nodes = {node.index for run in ground.runs[site.index] for node in run.nodes}
+    for name in (name for name in site.parameters.values() if name not in ground.created):
+        operand = Operand(name, tensor_at(ground.model, name), ())
+        others = [
+            n for n in ground.flow.names(operand.tensor) if not _is_one_place(ground, n, name)
+        ]
+        readers = [use for use in ground.flow.uses(operand) if use.index not in nodes]
+        if others or readers:
+            told = f"{name} is {others[0]}" if others else f"{ground.path(readers[0])} reads {name}"
+            raise Refused(Check.TIED, told, "untie=True makes an affine with tensors of its own.")
+
+
+def _is_one_place(ground: Ground, first: str, second: str) -> bool:
+    """Whether two names are of one attribute of one module, which may be bound at several paths."""
+    (path, _, own), (other, _, others) = first.rpartition("."), second.rpartition(".")
+    return own == others and ground.model.get_submodule(path) is ground.model.get_submodule(other)
 
 
 def _channels(ground: Ground, site: Site, value: int) -> Tensor:
