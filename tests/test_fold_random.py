@@ -18,10 +18,10 @@ from random_models.tally import tally
 from random_models.trial import calls, outputs, tells, try_fold
 
 FIRST = 400
-MODELS = 1600
+MODELS = 1200
 PARTS = 4
 EVERY = 10  # of so many models, one is also folded again
-JUDGED = range(500_000, 500_400)  # those whose every norm the oracle judges
+JUDGED = range(500_000, 500_200)  # those whose every norm the oracle judges
 SHARE = 0.99
 LEAST = 1  # how often every rule and every hazard comes up in each part
 BOUND = 1e-10  # what a formula is held to, in float64
