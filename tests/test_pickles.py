@@ -136,21 +136,21 @@ def test_import_with_side_effects(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_trust_opens_exactly_that_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`--trust my_models` is not `--trust my_models_extra`."""
-    for name in ("my_models", "my_models_extra"):
+    """`--trust trusted_models` is not `--trust trusted_models_extra`."""
+    for name in ("trusted_models", "trusted_models_extra"):
         (tmp_path / f"{name}.py").write_text(
             "import torch\nclass Net(torch.nn.Linear):\n"
             "    def __init__(self): super().__init__(2, 3)\n"
         )
     monkeypatch.syspath_prepend(tmp_path)
-    import my_models
-    import my_models_extra
+    import trusted_models
+    import trusted_models_extra
 
-    torch.save(my_models.Net(), tmp_path / "a.pt")
-    torch.save(my_models_extra.Net(), tmp_path / "b.pt")
-    assert type(load(tmp_path / "a.pt", trust=("my_models",)).model) is my_models.Net
-    with pytest.raises(CannotRead, match="my_models_extra"):
-        load(tmp_path / "b.pt", trust=("my_models",))
+    torch.save(trusted_models.Net(), tmp_path / "a.pt")
+    torch.save(trusted_models_extra.Net(), tmp_path / "b.pt")
+    assert type(load(tmp_path / "a.pt", trust=("trusted_models",)).model) is trusted_models.Net
+    with pytest.raises(CannotRead, match="trusted_models_extra"):
+        load(tmp_path / "b.pt", trust=("trusted_models",))
 
 
 def test_lookalike_package(tmp_path: Path) -> None:
