@@ -114,6 +114,29 @@ def test_they_stay_where_they_are_not_one_norm_everywhere(
         assert differs(folded, built, images(batch, 4, 6, 5)) < EXACT
 
 
+class NextToOne(Calls):
+    """Another norm behind the second call takes that call up; the first is then alone."""
+
+    def __init__(self) -> None:
+        super().__init__(shared, (1e-3, 1e-3))
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers[0](x)
+        x = F.batch_norm(x, self.mean, self.var, self.scale, self.shift, eps=self.eps[0]).relu()
+        x = self.layers[1](x)
+        x = F.batch_norm(x, self.mean, self.var, self.scale, self.shift, eps=self.eps[1])
+        return self.norm(x).relu()
+
+
+def test_a_norm_whose_twin_is_gone_shares_its_tensors_with_nobody() -> None:
+    model, x = ready(NextToOne()), images(2, 4, 6, 5)
+    folded, report = ns.fold(model, inputs=(x,))
+    assert not report.plan.skips
+    assert differs(folded, model, images(5, 4, 6, 5)) < EXACT
+    assert not ns.fold(folded, inputs=(x,))[1].plan.steps
+
+
 # --- a norm that reads a norm -------------------------------------------------------------------
 
 

@@ -127,13 +127,17 @@ def standalone(ground: Ground, site: Site) -> Proposal:
 
 
 def _require_own_tensors(ground: Ground, site: Site) -> None:
-    """An affine has tensors of its own: those of the norm are no other module's. Raises Refused."""
-    nodes = {node.index for run in ground.runs[site.index] for node in run.nodes}
+    """An affine has tensors of its own: those of the norm are no other module's. Raises Refused.
+
+    What a norm read that is gone, nobody reads any more.
+    """
+    gone = [ground.ends[end] for end in ground.gone]
+    nodes = {n.index for run in (*ground.runs[site.index], *gone) for n in run.nodes}
+    left = tuple(f"{path}." for run in gone for path in run.site.paths if path)
     for name in (name for name in site.parameters.values() if name not in ground.created):
         operand = Operand(name, tensor_at(ground.model, name), ())
-        others = [
-            n for n in ground.flow.names(operand.tensor) if not _is_one_place(ground, n, name)
-        ]
+        names = [n for n in ground.flow.names(operand.tensor) if not n.startswith(left)]
+        others = [other for other in names if not _is_one_place(ground, other, name)]
         readers = [use for use in ground.flow.uses(operand) if use.index not in nodes]
         if others or readers:
             told = f"{name} is {others[0]}" if others else f"{ground.path(readers[0])} reads {name}"
