@@ -63,7 +63,7 @@ def write_checkpoint(directory: Path, gigabytes: float, tied: bool) -> None:
     layers = 1
     while sum(size(shard) for shard in shapes(layers, tied)) < gigabytes * 1e9:
         layers += 1
-    directory.mkdir()
+    directory.mkdir(parents=True)
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

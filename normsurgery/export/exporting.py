@@ -136,7 +136,7 @@ class _Options:
 def _unwritten_state(ready: Prepared) -> tuple[str, ...]:
     """Notes on tensors that the model writes and the file does not.
 
-    Raises CannotTrace where its outputs depend on them: an exported program was not asked before.
+    Raises CannotTrace where its outputs depend on them.
     """
     original = ready.original
     module = original.module() if isinstance(original, ExportedProgram) else original

@@ -43,7 +43,7 @@ def require_values(model: nn.Module) -> tuple[str, ...]:
 
 
 def require_steady(model: nn.Module, inputs: Inputs) -> None:
-    """Run the model from other random states, and twice; raise CannotTrace where that shows.
+    """Run the model from two random states; raise CannotTrace where that shows.
 
     A number that Python or numpy draws leaves no operation in a trace: it would be frozen.
     """
@@ -55,7 +55,6 @@ def require_steady(model: nn.Module, inputs: Inputs) -> None:
             f"output {name} is another. A trace would freeze one draw. Take the randomness out "
             "of the eval forward, or give the random values as an input."
         )
-    require_stateless(model, inputs)
 
 
 def require_stateless(model: nn.Module, inputs: Inputs) -> tuple[str, ...]:

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from normsurgery.errors import NormsurgeryError, UnknownName, UsageError
 from normsurgery.inputs import Inputs, as_inputs, infer
-from normsurgery.inputs.outputs import flatten_numbers, neither
 from normsurgery.verify import sides
-from normsurgery.verify.compare import Pair, one_line
-from normsurgery.verify.evidence import Comparison, Evidence, LeftOut, Mode
+from normsurgery.verify.compare import Pair
+from normsurgery.verify.evidence import Evidence, LeftOut, Mode
 from normsurgery.verify.hard_inputs import Case, hard_inputs
-from normsurgery.verify.judge import Verdict, judge, unchanged
-from normsurgery.verify.memory import available_bytes
-from normsurgery.verify.modules import float64_bytes, verify_modules
+from normsurgery.verify.modules import verify_modules
+from normsurgery.verify.numbers import with_numbers
 from normsurgery.verify.runners import (
-    FLOAT32_ROUNDING,
     missing_runner,
-    run_float64,
-    run_native,
     runner_names,
 )
 from normsurgery.verify.stages import Blame
@@ -163,7 +157,7 @@ def _torch_models(
         seed=seed,
         memory=memory,
     )
-    evidence = _with_the_rest(evidence, pair, cases, modes, runners[:1], memory)
+    evidence = with_numbers(evidence, pair, cases, modes, runners[:1], memory)
     if save is not None:
         _save(save, a, pair, cases, runners, seed)
     absent = tuple(LeftOut("not run", "", r, "", reason) for r, reason in missing.items() if reason)
@@ -178,97 +172,6 @@ def _refuse_script(model: nn.Module) -> None:
                 "measures the first model with hooks. Give the Python model it was made from as "
                 "the first, and this one as the second."
             )
-
-
-def _with_the_rest(
-    evidence: Evidence,
-    pair: Pair,
-    cases: Sequence[Case],
-    modes: Sequence[Mode],
-    runners: Sequence[str],
-    memory: int | None,
-) -> Evidence:
-    """With what the outputs hold besides tensors: numbers judged, the rest named in a note."""
-    comparisons: list[Comparison] = []
-    others: dict[str, None] = {}
-
-    def numbers(output: Any) -> dict[str, Tensor]:
-        others.update(dict.fromkeys(neither(output)))
-        return flatten_numbers(output)
-
-    def ran(model: nn.Module, case: Case, mode: Mode, runner: str) -> Mapping[str, Tensor]:
-        seed = evidence.seed
-        run = run_native(model, case.inputs, mode, seed=seed, device=runner, flatten=numbers)
-        return run.outputs
-
-    for runner, mode in product(runners, modes):
-        for case in cases:
-            try:
-                old, new = (ran(m, case, mode, runner) for m in (pair.original, pair.changed))
-            except Exception:  # that a model does not run is said where its tensors are compared
-                continue
-            if not old and not new:
-                break  # a model without numbers is not run again
-            for name, verdict in _judged_numbers(old, new, pair, case, mode, evidence.seed, memory):
-                comparisons.append(Comparison(case.label, runner, mode, "plain", name, verdict))
-    told = f"not compared, being neither tensors nor numbers: {'; '.join(others)}"
-    return replace(
-        evidence,
-        comparisons=(*evidence.comparisons, *comparisons),
-        notes=(*evidence.notes, told) if others else evidence.notes,
-    )
-
-
-def _judged_numbers(
-    old: Mapping[str, Tensor],
-    new: Mapping[str, Tensor],
-    pair: Pair,
-    case: Case,
-    mode: Mode,
-    seed: int,
-    memory: int | None,
-) -> Iterator[tuple[str, Verdict]]:
-    if old.keys() != new.keys():
-        places = [", ".join(side) or "nowhere" for side in (new, old)]
-        yield (
-            "outputs",
-            Verdict(False, "numbers at {}, the original has them at {}".format(*places)),
-        )
-        return
-
-    def truth(rounding: float = 0.0) -> Mapping[str, Tensor]:
-        return run_float64(
-            pair.original, case.inputs, mode, seed=seed, rounding=rounding, flatten=flatten_numbers
-        ).outputs
-
-    for name, value in old.items():
-        # 3 and 3.0 are one number
-        found = value if bool(new[name] == value) else new[name]
-        verdict = unchanged(found, value)
-        if verdict is None:
-            verdict = _judged_number(found, value, name, pair.original, case, truth, memory)
-        yield f"output {name}", verdict
-
-
-def _judged_number(
-    new: Tensor,
-    old: Tensor,
-    name: str,
-    original: nn.Module,
-    case: Case,
-    truth: Callable[..., Mapping[str, Tensor]],
-    memory: int | None,
-) -> Verdict:
-    room = available_bytes() if memory is None else memory
-    try:
-        if float64_bytes(original, case.inputs) > room:
-            return Verdict(None, "no float64 reference: it does not fit", compared=1)
-        verdict = judge(new, truth()[name], old)
-        if verdict.passed is False:
-            verdict = judge(new, truth()[name], old, truth(FLOAT32_ROUNDING)[name])
-    except Exception as error:  # any operation may lack float64
-        return Verdict(None, f"no float64 reference: {one_line(error)}", compared=1)
-    return verdict
 
 
 def _save(
