@@ -86,14 +86,31 @@ class Step:
 
 
 @dataclass(frozen=True)
+class MeasuredCall:
+    """A call of the model on which a fold was planned.
+
+    ran: whether the model takes such a call; where it does not, nothing was measured. changed: the
+    outputs that it gives beside those of the example and that hold other numbers after the fold.
+    """
+
+    name: str
+    ran: bool
+    changed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Plan:
-    """Ordered Steps, and a Skip with a reason for everything else that normalises. JSON."""
+    """Ordered Steps, and a Skip with a reason for everything else that normalises. JSON.
+
+    calls: of a fold, the calls that each step holds for.
+    """
 
     model: str
     steps: tuple[Step, ...]
     skips: tuple[Skip, ...] = ()
     init: Init = "copy"
     versions: Mapping[str, str] = field(default_factory=dict)
+    calls: tuple[MeasuredCall, ...] = ()
 
     @property
     def fidelity(self) -> Fidelity:
@@ -107,6 +124,7 @@ class Plan:
             "steps": [step.to_json() for step in self.steps],
             "skips": [asdict(skip) for skip in self.skips],
             "versions": dict(self.versions),
+            "calls": [asdict(call) for call in self.calls],
         }
 
     @classmethod
@@ -119,6 +137,7 @@ class Plan:
                 skips=tuple(Skip(**item) for item in data["skips"]),
                 init=checked_init(data["init"]),
                 versions=dict(data["versions"]),
+                calls=tuple(_call_from_json(item) for item in data.get("calls", ())),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UsageError(
@@ -151,6 +170,10 @@ class Plan:
             yield step.site.label, step.site.kind, step.to + options, promise
         for skip in self.skips:
             yield skip.path, skip.kind, "left alone", skip.reason
+
+
+def _call_from_json(data: Mapping[str, Any]) -> MeasuredCall:
+    return MeasuredCall(data["name"], data["ran"], tuple(data["changed"]))
 
 
 def skip_line(skip: Skip) -> str:

@@ -46,7 +46,7 @@ def grounded(model: nn.Module, x: Tensor) -> tuple[Ground, list[Edit], list[str]
     gone: list[str] = []
     for site in ground.located.survey:
         try:
-            edits += into_producer(ground, site).agreed.edits
+            edits += into_producer(ground, site, ground.runs[site.index]).agreed.edits
         except Refused:
             continue
         gone.append(site.path)

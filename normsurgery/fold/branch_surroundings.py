@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from types import CodeType
 
 from torch import nn
 
-from normsurgery.fold.acceptance import accepted
+from normsurgery.fold.acceptance import require_accepted
 from normsurgery.fold.branch_checks import inner_modules
 from normsurgery.fold.checks import Check, NoMatch
 from normsurgery.fold.code_reach import Reach, reaches
@@ -46,13 +46,14 @@ class Merging:
             try:
                 if one.label in refused:
                     raise Refused(refused[one.label].check, refused[one.label].where)
-                found.append(replace(one, notes=self._accepted(one)))
+                self._require_accepted(one)
+                found.append(one)
             except Refused as refusal:
                 apart.append(Apart(refusal.match, one.identities))
         return found, apart
 
-    def _accepted(self, found: BranchSum) -> tuple[str, ...]:
-        """What to say about the merge. Raises Refused where something else needs a branch."""
+    def _require_accepted(self, found: BranchSum) -> None:
+        """Raises Refused where something else needs a branch."""
         ground = self.ground
         if is_rewritten(self.model.get_submodule(found.owner)):
             # What was a call when the norms around it were decided would be a branch now.
@@ -68,9 +69,8 @@ class Merging:
         landings = [Landing(branch.nodes, (), ()) for branch in found.branches]
         nodes = ground.flow.between(found.branches[0].source, found.output)
         inside = {value for node in nodes for value in node.outputs} - {found.output}
-        notes = accepted(ground, self.model, (), landings, frozenset(inside))
+        require_accepted(ground, self.model, landings, inside)
         self._require_unreached(found)
-        return notes
 
     def _require_unreached(self, found: BranchSum) -> None:
         """Only the code that adds the branches up reaches the modules that go. Raises Refused."""

@@ -20,8 +20,9 @@ class Check(Enum):
     AXIS = "its channels are not the channels of its neighbour"
     NO_NEIGHBOUR = "no weight on either side to fold it into"
     COMPUTES = "it has no scale or shift to fold away, only the statistics it computes"
-    HIDDEN_BRANCH = "a branch that the trace did not run"
+    UNRUN = "code that no measured call ran"
     DATA_DEPENDENT = "control flow that depends on data"
+    OTHER_EDITS = "another call of the model would need other weights"
     ADDED = "its output is added to another value"
     RETURNED = "its output is returned by the model"
     FOREIGN_WEIGHT = "a quantized, sharded or offloaded weight"
@@ -47,6 +48,3 @@ class NoMatch:
     @property
     def reason(self) -> str:
         return f"{self.check.value}: {self.where}" if self.where else self.check.value
-
-
-BY_BATCH = NoMatch(Check.HIDDEN_BRANCH, "the batch size decides what runs")

@@ -21,6 +21,12 @@ class Refused(Exception):
         self.match = NoMatch(check, where, hint)
         super().__init__(self.match.reason)
 
+    def in_call(self, name: str) -> Refused:
+        """The same, of another call than the example."""
+        match = self.match
+        where = f"{match.where} in the call with {name}" if match.where else f"with {name}"
+        return Refused(match.check, where, match.hint)
+
 
 @dataclass(frozen=True)
 class Choices:
@@ -33,7 +39,6 @@ class Choices:
 
     untie: bool = False
     explicit_pad: bool = False
-    assume_inputs: bool = False
     keep_classes: bool = False
     rmsnorm: bool = False
 
@@ -120,15 +125,19 @@ class MergedLayer:
 class Ground:
     """A recorded run as the rules see it; `gone` are norms that were folded away already.
 
+    call: its name; "" for the example. counted: names of the outputs that count (see Flow).
     gone: the value a norm ended with -> the value it began with.
     settled: the sites whose own scale and shift have been folded away.
     merged: the layers that parallel branches have become.
     created: biases that accepted folds create; untied: tensors that they make a copy of, with the
         nodes that read the copy.
+    changed: the values that hold other numbers by now; absorbing: the nodes that make up for it.
     """
 
     located: Located
     choices: Choices
+    call: str = ""
+    counted: Sequence[str] | None = None
     flow: Flow = field(init=False)
     runs: dict[int, tuple[Run, ...]] = field(init=False)
     ends: dict[int, Run] = field(init=False)
@@ -137,9 +146,11 @@ class Ground:
     created: set[str] = field(default_factory=set)
     untied: dict[str, frozenset[int]] = field(default_factory=dict)
     merged: list[MergedLayer] = field(default_factory=list)
+    changed: set[int] = field(default_factory=set)
+    absorbing: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.flow = Flow(self.located.recording)
+        self.flow = Flow(self.located.recording, self.counted)
         self.runs = {
             site.index: tuple(
                 Run(site, start, end, self.flow.between(start, end))
@@ -193,6 +204,15 @@ class Ground:
     def _is_wanted(self, value: int) -> bool:
         flow = self.flow
         return bool(flow.readers(value)) or value in flow.returned or value in flow.kept
+
+    def changed_outputs(self) -> tuple[str, ...]:
+        """The outputs that do not count and that hold other numbers by now."""
+        changed = set(self.changed)
+        for node in self.flow.nodes:
+            if node.index not in self.absorbing and not changed.isdisjoint(node.inputs):
+                changed.update(node.outputs)
+        beside = {n: v for n, v in self.flow.outputs.items() if v not in self.flow.returned}
+        return tuple(name for name, value in beside.items() if value in changed)
 
     def path(self, node: Node) -> str:
         """Where a node stands, for people."""

@@ -57,6 +57,7 @@ def fold_checkpoint(
     only: Sequence[str | int] = (),
     exclude: Sequence[str | int] = (),
     choices: Choices | None = None,
+    calls: Sequence[Any] = (),
     plan: Plan | None = None,
     inputs: Any = None,
     drop: bool = False,
@@ -72,8 +73,8 @@ def fold_checkpoint(
     leaves `OUT.partial`, and the same call takes it up; OUT appears whole, after the proof.
 
     Args:
-        kind, only, exclude, choices, inputs: as of `plan_fold`; classes are always kept. A tied
-            tensor is made two (`choices.untie`) by adding the second to the last shard.
+        kind, only, exclude, choices, calls, inputs: as of `plan_fold`; classes are always kept. A
+            tied tensor is made two (`choices.untie`) by adding the second to the last shard.
         plan: Steps with Edits made before, instead of planning.
         drop: leave out the tensors of folded norms, which are neutral. Who loads the result must
             know that they are.
@@ -93,7 +94,7 @@ def fold_checkpoint(
     given = _inputs(model, inputs, seed)
     names = read_names(model, layout)
     if plan is None:
-        plan = _planned(model, given, kind, only, exclude, choices)
+        plan = _planned(model, given, kind, only, exclude, choices, calls)
         plan = without_neutral(plan, layout, names)
     evaluation = Evaluation(edits_of(plan), names, layout.entries)
     if not evaluation.edits:
@@ -126,13 +127,15 @@ def plan_checkpoint(
     only: Sequence[str | int] = (),
     exclude: Sequence[str | int] = (),
     choices: Choices | None = None,
+    calls: Sequence[Any] = (),
     inputs: Any = None,
     seed: int = 0,
 ) -> Plan:
     """What `fold_checkpoint` would do: from headers, the meta model and the norms' own tensors."""
     layout = _readable(Path(directory))
     model = _planning_model(Path(directory))
-    plan = _planned(model, _inputs(model, inputs, seed), kind, only, exclude, choices)
+    given = _inputs(model, inputs, seed)
+    plan = _planned(model, given, kind, only, exclude, choices, calls)
     return without_neutral(plan, layout, read_names(model, layout))
 
 
@@ -143,12 +146,15 @@ def _planned(
     only: Sequence[str | int],
     exclude: Sequence[str | int],
     choices: Choices | None,
+    calls: Sequence[Any],
 ) -> Plan:
     from normsurgery.fold.planning import plan_fold
 
     kept = replace(choices or Choices(), keep_classes=True)
     on_meta = inputs.to(device="meta")
-    return plan_fold(model, on_meta, kind=kind, only=only, exclude=exclude, choices=kept)
+    return plan_fold(
+        model, on_meta, kind=kind, only=only, exclude=exclude, choices=kept, calls=calls
+    )
 
 
 def _meta_model(source: Path) -> nn.Module:
