@@ -67,7 +67,7 @@ def merged_forward(
             "outside the sum"
         )
     function = _compiled(definition, inner)
-    return Rewriting(way="source", forward=_rewrapped(outer, inner, function, {}))
+    return Rewriting(forward=_rewrapped(outer, inner, function, {}))
 
 
 @dataclass(frozen=True)

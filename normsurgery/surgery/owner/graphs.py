@@ -90,7 +90,7 @@ def erase(output: fx.Node, keep: fx.Node) -> None:
         waiting.extend(above)
 
 
-def drop_updates(graph: fx.Graph, names: Collection[str]) -> None:
+def _drop_updates(graph: fx.Graph, names: Collection[str]) -> None:
     """Erase every node that does nothing but update one of these tensors of the graph's module."""
     for read in [n for n in graph.nodes if n.op == "get_attr" and n.target in names]:
         for user in [user for user in read.users if _only_updates(user, read)]:
@@ -101,7 +101,7 @@ def drop_updates(graph: fx.Graph, names: Collection[str]) -> None:
 
 def _drop_tensors(graph_module: fx.GraphModule, graph: fx.Graph, names: Collection[str]) -> None:
     """Erase the old norm's tensors and their updates, where no node reads them."""
-    drop_updates(graph, names)
+    _drop_updates(graph, names)
     for name in names:
         if any(_reads(node, name) for node in graph.nodes):
             continue
@@ -112,7 +112,7 @@ def _drop_tensors(graph_module: fx.GraphModule, graph: fx.Graph, names: Collecti
         holder._non_persistent_buffers_set.discard(attribute)
 
 
-def mutates(node: fx.Node) -> bool:
+def _mutates(node: fx.Node) -> bool:
     """Whether a node may change a tensor in place; a call of a module may."""
     if node.op == "call_method":
         name = str(node.target)
@@ -126,7 +126,7 @@ def _only_updates(node: fx.Node, read: fx.Node) -> bool:
     """Whether a node nobody reads changes `read` in place (`self.n.add_(1)`)."""
     if node.users or not node.args or node.args[0] is not read:
         return False
-    return node.op != "call_module" and mutates(node)
+    return node.op != "call_module" and _mutates(node)
 
 
 def _reads(node: fx.Node, name: str) -> bool:
