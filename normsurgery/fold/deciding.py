@@ -34,8 +34,8 @@ from normsurgery.fold.twins import as_one, twins
 from normsurgery.plan import MERGED, Step
 from normsurgery.spec import Fidelity, get
 from normsurgery.surgery.obstacles import lost_fact
+from normsurgery.surgery.references import ModuleReferences
 from normsurgery.surgery.source import build, source_of, tensor_at, what_is_left
-from normsurgery.surgery.surroundings import Surroundings
 from normsurgery.survey import Site, Skip
 
 Decision = Step | Skip
@@ -49,7 +49,7 @@ class Decider:
         self.model = model
         self.choices = choices
         self.refused = refused
-        self.around = Surroundings(model)
+        self.around = ModuleReferences(model)
 
     def decide(self, located: Located, chosen: Collection[int]) -> list[Decision]:
         ground = Ground(located, self.choices)
@@ -258,7 +258,7 @@ def _neutral(ground: Ground, site: Site) -> tuple[Fill, ...]:
     )
 
 
-def _readable(ground: Ground, model: nn.Module, step: Step, around: Surroundings) -> Decision:
+def _readable(ground: Ground, model: nn.Module, step: Step, around: ModuleReferences) -> Decision:
     """The step, or one that leaves a neutral norm where other code asks for its weight's dtype."""
     conversion = get(step.to).conversion(step.site.kind)
     kept = ground.choices.keep_classes or "pad" in step.options

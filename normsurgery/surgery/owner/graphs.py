@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import fx, nn
 
 from normsurgery.errors import CannotRewrite
+from normsurgery.surgery.names import fresh_name
 from normsurgery.surgery.owner.biases import editable
 from normsurgery.survey import Site
 
@@ -32,7 +33,7 @@ def rewrite_graph_module(
     """
     graph, by_name = editable(graph_module)
     found = [(*norm_nodes(by_name, site), site, module) for site, module in replacements]
-    names = _fresh_names(graph_module, len(found))
+    names = fresh_names(set(dir(graph_module)), len(found))
     replaced: dict[fx.Node, fx.Node] = {}  # a norm may normalise another norm's output
     for name, (output, given, _, module) in zip(names, found, strict=True):
         value = replaced.get(given, given)
@@ -146,15 +147,9 @@ def below(site: Site) -> frozenset[str]:
     )
 
 
-def _fresh_names(graph_module: fx.GraphModule, count: int) -> tuple[str, ...]:
-    used = {*vars(graph_module), *graph_module._modules, *graph_module._parameters}
-    return tuple(unused("norm", used | set(graph_module._buffers), count))
-
-
-def unused(stem: str, used: set[str], count: int) -> Iterator[str]:
-    number = 0
-    while count:
-        if f"{stem}_{number}" not in used:
-            yield f"{stem}_{number}"
-            count -= 1
-        number += 1
+def fresh_names(used: set[str], count: int) -> tuple[str, ...]:
+    """Names for that many norms, none of them used."""
+    names: list[str] = []
+    for _ in range(count):
+        names.append(fresh_name("norm", used.union(names)))
+    return tuple(names)

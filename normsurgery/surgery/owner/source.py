@@ -21,12 +21,12 @@ from torch import nn
 
 from normsurgery.errors import CannotRewrite
 from normsurgery.graph.positions import functions_within, source_hash, syntax_of
+from normsurgery.surgery.attribute_chains import Definition
 from normsurgery.surgery.owner.edit import Target, edit
 from normsurgery.surgery.owner.following import followed, places_of
 from normsurgery.surgery.owner.install import original_class
-from normsurgery.surgery.owner.prune import Definition
-from normsurgery.surgery.owner.reads import readers
 from normsurgery.surgery.owner.rewriting import Placement, Rewriting, check_distinct, tensor_names
+from normsurgery.surgery.owner.still_read import still_read
 from normsurgery.survey import CallSite
 
 FUTURES = sum(getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
@@ -54,7 +54,7 @@ def rewriting(
     )
     function = _compiled(definition, inner)
     tensors = list(dict.fromkeys(name for own in names for name in own.values()))
-    read = readers(original_class(owner), definition, inner, tensors)
+    read = still_read(original_class(owner), definition, inner, tensors)
     return Rewriting(
         forward=_rewrapped(outer, inner, function, {}),
         moved=tuple(name for name in tensors if name not in read),
