@@ -14,9 +14,9 @@ from torch import Tensor, fx, nn
 
 from normsurgery.errors import CannotRewrite, CannotTrace
 from normsurgery.find.by_type import typed_norms
+from normsurgery.find.call_sites import call_site
 from normsurgery.find.candidates import NotProven
 from normsurgery.find.events import Event
-from normsurgery.find.position import call_site
 from normsurgery.fold.edits import Copy
 from normsurgery.fold.own_copies import KIND, UNTIED, make_copies
 from normsurgery.graph import FrameRecord, ModuleCall, Op, Recording, Ref, record

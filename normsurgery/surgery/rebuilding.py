@@ -13,8 +13,8 @@ from normsurgery.plan import MERGED, Plan, Step
 from normsurgery.surgery.application import apply
 from normsurgery.surgery.forwards import sums_of, where_it_is_now
 from normsurgery.surgery.owner import Placement, is_rewritten, reapply, restore
+from normsurgery.surgery.plan_record import record_plan
 from normsurgery.surgery.references import ModuleReferences
-from normsurgery.surgery.remember import remember
 from normsurgery.surgery.sharing import shared_tensors
 from normsurgery.surgery.source import module_at
 from normsurgery.treecopy import tree_copy
@@ -40,7 +40,7 @@ def rebuild(model: nn.Module, plan: Plan | Report) -> nn.Module:
             f"{refused.path} of {made.model} cannot be made again: {refused.reason}. The plan was "
             f"made with {_versions(made)}; use these versions, or swap the original model again."
         )
-    remember(applied.model, made)
+    record_plan(applied.model, made)
     return applied.model
 
 
