@@ -71,7 +71,11 @@ Kind = Annotated[
 ]
 Only = Annotated[
     list[str] | None,
-    Option("--only", metavar="GLOB", help="Only sites whose path or index matches. Repeatable."),
+    Option(
+        "--only",
+        metavar="GLOB",
+        help="Only sites whose path matches, or of this index. Repeatable.",
+    ),
 ]
 Exclude = Annotated[
     list[str] | None,

@@ -88,8 +88,9 @@ def select(
 ) -> tuple[Site, ...]:
     """The sites of a kind (None: any) that `only` names (empty: all) and `exclude` does not.
 
-    A pattern is a glob over a site's paths and label, or a site's index. Raises UsageError for a
-    pattern that no site of the survey matches.
+    A pattern is a site's index where it is a number, and where it is text a glob over a site's
+    paths and label; digits that are the path of no site are an index too, as the command line has
+    text alone. Raises UsageError for a pattern that no site of the survey matches.
     """
     wanted = None if kind is None else canonical(kind)
     kept = _named(sites, only) if only else set(range(len(sites)))
@@ -117,6 +118,8 @@ def _named(sites: Sequence[Site], patterns: str | int | Sequence[str | int]) -> 
     named: set[int] = set()
     for pattern in patterns:
         found = {n for n, site in enumerate(sites) if _matches(site, pattern)}
+        if not found and isinstance(pattern, str) and pattern.isdigit():
+            found = {n for n, site in enumerate(sites) if _matches(site, int(pattern))}
         if not found:
             raise UsageError(_nothing_matches(sites, pattern))
         named |= found
@@ -124,9 +127,8 @@ def _named(sites: Sequence[Site], patterns: str | int | Sequence[str | int]) -> 
 
 
 def _matches(site: Site, pattern: str | int) -> bool:
-    if isinstance(pattern, int) or pattern.isdigit():
-        # "3" is an index; in a Sequential it may be a path too, and then both are meant.
-        return int(pattern) == site.index or str(pattern) in site.paths
+    if isinstance(pattern, int):
+        return pattern == site.index
     return any(fnmatchcase(name, pattern) for name in (*site.paths, site.label))
 
 

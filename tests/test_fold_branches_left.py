@@ -21,7 +21,7 @@ from normsurgery.fold.rules import into_producer
 from normsurgery.inputs import Inputs
 from normsurgery.norms.examples import randomised
 from normsurgery.plan import MERGED
-from normsurgery.surgery.surroundings import Surroundings
+from normsurgery.surgery.references import ModuleReferences
 
 torch.set_num_threads(1)
 
@@ -369,4 +369,4 @@ def sums_of(model: nn.Module) -> tuple[list[BranchSum], list[Apart]]:
             continue
         ground.gone.update({run.end: run.start for run in ground.runs[site.index]})
     chosen = {site.index for site in ground.located.survey}
-    return Merging(ground, model, Surroundings(model)).sums(chosen, {})
+    return Merging(ground, model, ModuleReferences(model)).sums(chosen, {})

@@ -12,9 +12,7 @@ import pytest
 import torch
 from models.owner_sites import (
     converted,
-    formula_site,
     inner_forward,
-    rewrite,
     rewritten,
     same,
     site,
@@ -29,7 +27,6 @@ from models.owners import (
     C,
     Counter,
     Decorated,
-    Formula,
     IfTraining,
     NoneDefault,
     PrivateNames,
@@ -39,26 +36,18 @@ from models.owners import (
 from torch import nn
 from torch.nn import functional as F
 
-from normsurgery.errors import CannotRewrite, NormsurgeryError
+from normsurgery.errors import NormsurgeryError
 from normsurgery.graph import positions
 from normsurgery.surgery.owner import Placement, reapply, restore, rewrite_owner
-from normsurgery.surgery.owner import fx as fx_way
-from normsurgery.surgery.owner import source as source_way
-
-TRACED = ("if self.training", "None default")
 
 
-@pytest.mark.parametrize(
-    ("label", "way"),
-    [*((label, source_way) for label in OWNERS), *((label, fx_way) for label in TRACED)],
-    ids=lambda value: value if isinstance(value, str) else value.__name__.rpartition(".")[2],
-)
-def test_owner_swapped_to_itself_is_unchanged(label, way):
+@pytest.mark.parametrize("label", OWNERS)
+def test_owner_swapped_to_itself_is_unchanged(label):
     """Prototype A1: traced owners lost modes, None arms, attributes, and their class."""
     cls, output, origin, calls = OWNERS[label]
     owner = unsettled(cls())
     owner.register_forward_hook(lambda module, args, result: None)
-    swapped = swap_to_itself(owner, [site(owner, output, **origin)], calls, way)
+    swapped = swap_to_itself(owner, [site(owner, output, **origin)], calls)
     assert set(dict(swapped.named_parameters())) == {
         "fc.weight",
         "fc.bias",
@@ -93,44 +82,15 @@ def test_another_norm_is_really_used(label):
         owner(*calls[0].args)
 
 
-# ---------------------------------------------------------------- the two ways
-
-
-@pytest.mark.parametrize("label", sorted(set(OWNERS) - set(TRACED)))
-def test_other_owners_are_left_to_the_source(label):
-    """A trace of these froze a value or lost one, or failed."""
-    cls, output, origin, _ = OWNERS[label]
-    owner = unsettled(cls())
-    found = site(owner, output, **origin)
-    with pytest.raises(CannotRewrite):
-        fx_way.rewriting(owner, [Placement(found, "norm_0", converted(owner, found))])
-
-
-def test_an_arm_that_no_recorded_call_used_is_there():
-    """A graph per recorded call would raise, or compute another arm, on the first other call."""
+def test_an_argument_that_no_recorded_call_gave_is_there():
+    """A forward made from what ran alone would lack the mask, and raise on the first call of it."""
     owner = unsettled(NoneDefault())
     found = site(owner, CALL, name="h")
     swapped = copy.deepcopy(owner)
-    placement = Placement(found, "norm_0", converted(swapped, found))
-    assert rewrite_owner(swapped, [placement], ONE).way == "fx"
+    rewrite_owner(swapped, [Placement(found, "norm_0", converted(swapped, found))], ONE)
     same(owner(x(), mask=x()), swapped(x(), mask=x()))
     same(owner(x(), x()), swapped(x(), x()))
     assert inspect.signature(type(swapped).forward) == inspect.signature(NoneDefault.forward)
-
-
-@pytest.mark.parametrize("make", [lambda: Formula(), lambda: IfTraining()])
-def test_both_ways_agree(make):
-    """Reapplying goes by the source what may first have gone by a trace."""
-    owner = unsettled(make())
-    found = formula_site(owner) if isinstance(owner, Formula) else site(owner, CALL, name="h")
-    results = []
-    for way in (fx_way, source_way):
-        copied = copy.deepcopy(owner)
-        placement = Placement(found, "norm_0", converted(copied, found))
-        assert rewrite(copied, [placement], ONE, way).moved == ("weight", "bias")
-        results.append((copied, copied(x())))
-    same(results[0][1], results[1][1])
-    assert list(results[0][0].state_dict()) == list(results[1][0].state_dict())
 
 
 # ---------------------------------------------------------------- what a rewritten owner is

@@ -13,7 +13,6 @@ from models.owner_sites import (
     formula_site,
     inner_forward,
     refusal,
-    rewrite,
     same,
     site,
     source_of_forward,
@@ -26,7 +25,6 @@ from torch.nn import functional as F
 
 from normsurgery.graph import positions
 from normsurgery.surgery.owner import OwnerCall, Placement, rewrite_owner
-from normsurgery.surgery.owner import source as source_way
 
 
 def test_formula_over_statements_leaves_nothing_behind():
@@ -35,7 +33,7 @@ def test_formula_over_statements_leaves_nothing_behind():
     expected = owner(x().double())
     found = formula_site(owner)
     norm = converted(owner, found).double()
-    rewrite(owner, [Placement(found, "norm_0", norm)], ONE, source_way)
+    rewrite_owner(owner, [Placement(found, "norm_0", norm)], ONE)
     close_to(expected, owner(x().double()))
     text = source_of_forward(owner)
     assert "mean" not in text
@@ -92,7 +90,7 @@ def test_value_overwritten_in_place_is_cloned_first():
     norm = nn.Identity()
     norm.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
     wanted = owner.fc(x())
-    rewriting = rewrite(owner, [Placement(found, "norm_0", norm)], ONE, source_way)
+    rewriting = rewrite_owner(owner, [Placement(found, "norm_0", norm)], ONE)
     assert torch.equal(owner(x()), wanted)
     assert torch.equal(seen[0], wanted)
     # `h *= self.weight` would be an orphan that no gradient reaches.
@@ -161,7 +159,7 @@ def test_value_without_a_name_gets_one():
         "F.layer_norm(total[0], (C,), self.weight, self.bias, 1e-5)",
         origin="self.fc(x)",
     )
-    swapped = swap_to_itself(owner, [found], ONE, source_way)
+    swapped = swap_to_itself(owner, [found], ONE)
     assert ":= self.fc(x)" in source_of_forward(swapped)
 
 

@@ -582,6 +582,37 @@ def test_torchscript_and_lazy_models_are_refused() -> None:
         ns.swap(nn.Sequential(nn.LazyBatchNorm2d()), "layernorm2d", inputs=IMAGES)
 
 
+def test_a_torchscript_child_leaves_the_rest_editable() -> None:
+    """Its code cannot be edited, and a norm in it is a Skip; nothing else depends on that."""
+    inner = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()).eval()
+    for pre, skipped in ((torch.jit.script(nn.ReLU()), 0), (torch.jit.script(inner), 1)):
+        model = nothing_neutral(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)).eval())
+        model.insert(0, pre)
+        changed, report = ns.swap(model, "groupnorm", inputs=IMAGES)
+        assert isinstance(changed[2], nn.GroupNorm)
+        assert len(report.plan.skips) == skipped
+        assert isinstance(ns.fold(model, inputs=IMAGES)[0][2], nn.Identity)
+
+
+@pytest.mark.parametrize(
+    ("selection", "kept"),
+    [
+        ({"only": ["1"]}, ["1"]),
+        ({"only": ["3"]}, ["3"]),
+        ({"only": [1]}, ["3"]),
+        ({"only": 0}, ["1"]),
+        ({"only": ["0"]}, ["1"]),  # the path of no norm
+        ({"exclude": [1]}, ["1"]),
+        ({"exclude": ["1"]}, ["3"]),
+    ],
+)
+def test_a_number_is_an_index_and_text_a_path(selection, kept) -> None:
+    """In a Sequential the digits of an index are the path of another norm."""
+    model = nn.Sequential(*(m for _ in "ab" for m in (nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))))
+    made = plan(ns.find(model, IMAGES), model, "affine", **selection)
+    assert [step.site.path for step in made.steps] == kept
+
+
 def test_an_instance_level_forward_is_a_skip() -> None:
     """accelerate puts a forward on the instance; a new module would not have it."""
     model = nothing_neutral(Parts())

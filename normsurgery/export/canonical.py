@@ -25,9 +25,9 @@ from normsurgery.surgery.calls import recorded_calls
 from normsurgery.surgery.obstacles import obstacle
 from normsurgery.surgery.owner import Placement, rewrite_owner
 from normsurgery.surgery.owner.graphs import rewrite_graph_module
+from normsurgery.surgery.references import ModuleReferences
 from normsurgery.surgery.replay import Replay
 from normsurgery.surgery.source import build, module_at, source_of
-from normsurgery.surgery.surroundings import Surroundings
 from normsurgery.surgery.tree import replace_everywhere
 from normsurgery.survey import Site
 from normsurgery.verify.judge import Verdict, judge
@@ -85,7 +85,7 @@ def canonicalised(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, tuple[Ca
     except NormsurgeryError as error:
         log.warning("norms were not made canonical: %s", error)
         return model, (Canonical("", "", "", f"norms were not looked for: {error}"),)
-    around = Surroundings(model)
+    around = ModuleReferences(model)
     facts: dict[int, Canonical] = {}
     changes: list[_Change] = []
     for site in survey.sites:
@@ -105,7 +105,7 @@ def canonicalised(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, tuple[Ca
     return model, (*facts.values(), *skipped)
 
 
-def _change(model: nn.Module, site: Site, around: Surroundings) -> _Change | None:
+def _change(model: nn.Module, site: Site, around: ModuleReferences) -> _Change | None:
     """What replaces the norm at `site`; None where it is torch's own already. Raises _Stays."""
     if site.attach != "norm":
         raise _Stays("it normalises a weight")

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from normsurgery.find import by_graph, by_run
 from normsurgery.find.by_type import all_paths
+from normsurgery.find.call_sites import by_place, call_site, require_last_of_its_place
 from normsurgery.find.candidates import (
     NotProven,
     groups,
@@ -22,7 +23,6 @@ from normsurgery.find.casts import cast_order
 from normsurgery.find.counters import counter
 from normsurgery.find.events import SAME_NUMBERS, Event, plain, schema_name
 from normsurgery.find.places import absorbable
-from normsurgery.find.position import by_place, call_site, require_last_of_its_place
 from normsurgery.find.proof import Proof
 from normsurgery.graph import ModuleCall, Op, Recording, Ref
 from normsurgery.graph.operations import as_data

@@ -16,12 +16,12 @@ from torch import nn
 
 from normsurgery.errors import CannotRewrite
 from normsurgery.graph.positions import node_at
+from normsurgery.surgery.attribute_chains import Definition, self_name_of
 from normsurgery.surgery.owner.edit import Target, edit
 from normsurgery.surgery.owner.install import original_class
-from normsurgery.surgery.owner.prune import Definition
-from normsurgery.surgery.owner.reads import readers, self_name_of
 from normsurgery.surgery.owner.rewriting import Placement, Rewriting, check_distinct
 from normsurgery.surgery.owner.source import _compiled, _rewrapped, _syntax, located
+from normsurgery.surgery.owner.still_read import still_read
 
 PURE_CALLS = frozenset({"bool", "enumerate", "getattr", "hasattr", "int", "isinstance", "len"})
 PURE_CALLS |= {"list", "range", "reversed", "tuple", "zip"}
@@ -59,7 +59,7 @@ def merged_forward(
     for placement in placements:
         forward.sweep(placement.name)
     ast.fix_missing_locations(definition)
-    read = readers(original_class(owner), definition, inner, tuple(gone))
+    read = still_read(original_class(owner), definition, inner, tuple(gone))
     still = next((name for name, where in read.items() if where == "forward"), None)
     if still is not None:
         raise CannotRewrite(
@@ -67,7 +67,7 @@ def merged_forward(
             "outside the sum"
         )
     function = _compiled(definition, inner)
-    return Rewriting(way="source", forward=_rewrapped(outer, inner, function, {}))
+    return Rewriting(forward=_rewrapped(outer, inner, function, {}))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from normsurgery.fold.parallel_branches import KIND, Apart, BranchSum, branch_su
 from normsurgery.fold.preconditions import require
 from normsurgery.surgery.obstacles import obstacle
 from normsurgery.surgery.owner.install import is_rewritten
-from normsurgery.surgery.surroundings import Surroundings
+from normsurgery.surgery.references import ModuleReferences
 from normsurgery.survey import Site
 
 
@@ -28,7 +28,7 @@ class Merging:
 
     ground: Ground
     model: nn.Module
-    around: Surroundings
+    around: ModuleReferences
 
     def sums(
         self, chosen: Collection[int], refused: Mapping[str, NoMatch]

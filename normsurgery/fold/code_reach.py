@@ -1,8 +1,8 @@
 """Which code of a model reaches which of its modules by name, other than by calling them.
 
-`readers.reads` tells which forwards read an attribute of a module. Here the code is followed onto
-other modules as well (`self.block.dtype`, a property of the block), and code counts that looks
-through what a module holds (`self.block.parameters()`).
+`ModuleReferences.reads_of` tells which forwards read an attribute of a module. Here the code is
+followed onto other modules as well (`self.block.dtype`, a property of the block), and code counts
+that looks through what a module holds (`self.block.parameters()`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any
 
 from torch import nn
 
-from normsurgery.surgery.readers import Chain, _aliases, _chains, _definitions, _step
+from normsurgery.surgery.attribute_chains import Chain, aliases_in, chains_at, functions_named
+from normsurgery.surgery.references import child_named
 
 OF_CHILDREN = frozenset({"_modules", "children", "named_children"})
 OF_TENSORS = frozenset(
@@ -62,7 +63,7 @@ def reaches(model: nn.Module) -> Iterator[Reach]:
         if (id(owner), name) in seen:
             continue
         seen.add((id(owner), name))
-        for function in _definitions(owner, name):
+        for function in functions_named(type(owner), name, vars(owner)):
             for found in _reached(owner, function):
                 yield found
                 queue += [(found.module, part) for part in found.rest[:1]]
@@ -86,7 +87,7 @@ def _reached(owner: nn.Module, function: Callable[..., Any]) -> Iterator[Reach]:
 def _ends(modules: Sequence[nn.Module], chain: Chain) -> Iterator[tuple[nn.Module, Chain]]:
     """The modules that the names lead to, and the names that lead on to no module."""
     for module in modules:
-        further = _step(module, chain[0]) if chain else []
+        further = child_named(module, chain[0]) if chain else []
         if further:
             yield from _ends(further, chain[1:])
         else:
@@ -106,7 +107,7 @@ def _scanned(function: Callable[..., Any]) -> Mapping[Chain, bool]:
     arguments = (*definition.args.posonlyargs, *definition.args.args)
     if not arguments:
         return {}
-    aliases = _aliases(definition, arguments[0].arg)
+    aliases = aliases_in(definition, arguments[0].arg)
     parents = _parents(definition)
     found: dict[Chain, bool] = {}
     for node in ast.walk(definition):
@@ -114,7 +115,7 @@ def _scanned(function: Callable[..., Any]) -> Mapping[Chain, bool]:
         if isinstance(outside, (ast.Attribute, ast.Subscript)) and outside.value is node:
             continue  # `self.norm` in `self.norm.weight`
         called = isinstance(outside, ast.Call) and outside.func is node
-        for chain in filter(None, _chains(node, aliases)):
+        for chain in filter(None, chains_at(node, aliases)):
             found[chain] = found.get(chain, True) and called
     return dict(sorted(found.items()))
 

@@ -31,7 +31,7 @@ from normsurgery.fold.weight_formulas import (
 from normsurgery.norms.weightstandardization import WeightStandardization
 from normsurgery.precision import float64_copy, lifted
 from normsurgery.surgery.inherit import HOOKS, tensor_in
-from normsurgery.surgery.readers import reads_of
+from normsurgery.surgery.references import ModuleReferences
 from normsurgery.treecopy import tree_copy
 
 
@@ -244,7 +244,7 @@ def _read_by_others(model: nn.Module, found: ComputedWeight) -> NoMatch | None:
     """A parent's forward reads an attribute that the plain layer does not have."""
     plain = _alone(found.module, random=True)
     make_plain(plain, found.edits, found.path)
-    for read in reads_of(model, found.module):
+    for read in ModuleReferences(model).reads_of(found.module):
         if not hasattr(plain, read.attribute):
             return NoMatch(Check.NOT_REWRITABLE, f"{read}, which the plain layer does not have")
     return None

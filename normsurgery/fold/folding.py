@@ -23,7 +23,7 @@ from normsurgery.report import Report
 from normsurgery.surgery.application import Applied, apply
 from normsurgery.surgery.calls import recorded_calls
 from normsurgery.surgery.journal import Journal
-from normsurgery.surgery.remember import remember
+from normsurgery.surgery.plan_record import record_plan
 from normsurgery.surgery.wrapped import has_mode, unwrapped
 from normsurgery.treecopy import tree_copy
 
@@ -114,7 +114,7 @@ def fold(
         evidence, unmeasured = _measured(original, made, given) if verify else (None, ())
         timed = time and made.plan.steps and not _is_meta(original)
         speed = measure_speed(original, made.model, given) if timed else None
-    remember(made.model, made.plan)
+    record_plan(made.model, made.plan)
     report = Report(
         verb="fold",
         plan=made.plan,

@@ -14,7 +14,6 @@ from normsurgery.fold.ground import Affine, Ground, Landing, MergedLayer, Refuse
 from normsurgery.fold.landings import affine_at
 from normsurgery.fold.parallel_branches import BranchSum
 from normsurgery.plan import MERGED, Step
-from normsurgery.survey import Skip
 
 
 def merged_layer(found: BranchSum, step: Step) -> MergedLayer:
@@ -97,21 +96,21 @@ def _has_bias(ground: Ground, merged: MergedLayer) -> bool:
     return merged.has_bias or merged.bias in ground.created
 
 
-def with_biases(decided: Sequence[Step | Skip]) -> list[Step | Skip]:
+def with_biases(decided: Sequence[Step]) -> list[Step]:
     """The merges, each with the bias that a later step wants of its layer; that step then makes
     none. A layer is made with all its tensors at once."""
     wanted = {
         edit.target: edit
         for made in decided
-        if isinstance(made, Step) and made.rule != MERGED
+        if made.rule != MERGED
         for edit in made.edits
         if isinstance(edit, Create)
     }
     given: list[Create] = []
-    found: list[Step | Skip] = []
+    found: list[Step] = []
     for made in decided:
         bias = wanted.get(_bias_of_merge(made))
-        if bias is not None and isinstance(made, Step):
+        if bias is not None:
             given.append(bias)
             made = replace(made, options={**made.options, "bias": True})
             made = replace(made, edits=(*made.edits, bias))
@@ -119,27 +118,27 @@ def with_biases(decided: Sequence[Step | Skip]) -> list[Step | Skip]:
     return [_without(made, given) for made in found]
 
 
-def _bias_of_merge(made: Step | Skip) -> str:
+def _bias_of_merge(made: Step) -> str:
     """What the bias of the merged layer is called; "" where the step makes none."""
     path = _path_of_merge(made)
     return f"{path}.bias" if path else ""
 
 
-def _path_of_merge(made: Step | Skip) -> str:
+def _path_of_merge(made: Step) -> str:
     """Of the merged layer; "" where the step makes none."""
-    if isinstance(made, Skip) or made.rule != MERGED or not made.edits:
+    if made.rule != MERGED or not made.edits:
         return ""
     weight = next(edit.target for edit in made.edits if isinstance(edit, Create))
     return weight.removesuffix(".weight")
 
 
-def _without(made: Step | Skip, given: Collection[Create]) -> Step | Skip:
-    if isinstance(made, Skip) or made.rule == MERGED:
+def _without(made: Step, given: Collection[Create]) -> Step:
+    if made.rule == MERGED:
         return made
     return replace(made, edits=tuple(edit for edit in made.edits if edit not in given))
 
 
-def with_unpadded(decided: Mapping[int, Step | Skip]) -> dict[int, Step | Skip]:
+def with_unpadded(decided: Mapping[int, Step]) -> dict[int, Step]:
     """The decisions; where a norm takes the padding of branches, it takes that of their merge.
 
     A norm that was decided before the merge knows only the branches, which will be gone.
@@ -147,14 +146,14 @@ def with_unpadded(decided: Mapping[int, Step | Skip]) -> dict[int, Step | Skip]:
     layers = {
         path: layer
         for made in decided.values()
-        if isinstance(made, Step) and (layer := _path_of_merge(made))
+        if (layer := _path_of_merge(made))
         for path in made.site.settings["branches"]
     }
     return {index: _from_layers(made, layers) for index, made in decided.items()}
 
 
-def _from_layers(made: Step | Skip, layers: Mapping[str, str]) -> Step | Skip:
-    if isinstance(made, Skip) or layers.keys().isdisjoint(made.options.get("unpadded", ())):
+def _from_layers(made: Step, layers: Mapping[str, str]) -> Step:
+    if layers.keys().isdisjoint(made.options.get("unpadded", ())):
         return made
     paths = dict.fromkeys(layers.get(path, path) for path in made.options["unpadded"])
     return replace(made, options={**made.options, "unpadded": list(paths)})

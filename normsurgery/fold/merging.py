@@ -29,6 +29,7 @@ from normsurgery.plan import Step
 from normsurgery.precision import float64_copy, lifted
 from normsurgery.spec import Fidelity
 from normsurgery.surgery.inherit import tensor_in
+from normsurgery.surgery.names import fresh_name
 from normsurgery.surgery.owner import OwnerCall, Placement, Rewriting
 from normsurgery.surgery.owner.install import install
 from normsurgery.surgery.source import module_at
@@ -52,7 +53,7 @@ def merge_steps(ground: Ground, sums: Sequence[BranchSum], planned: Sequence[Edi
     for found in sums:
         owner = ground.model.get_submodule(found.owner)
         names = taken.setdefault(found.owner, set(dir(owner)))
-        child = _fresh(names)
+        child = fresh_name("merged", names)
         names.add(child)
         steps.append(_step(ground, found, child, number, planned))
         steps += [
@@ -61,13 +62,6 @@ def merge_steps(ground: Ground, sums: Sequence[BranchSum], planned: Sequence[Edi
         ]
         number += 1
     return steps
-
-
-def _fresh(taken: set[str]) -> str:
-    number = 0
-    while f"merged_{number}" in taken:
-        number += 1
-    return f"merged_{number}"
 
 
 def _step(

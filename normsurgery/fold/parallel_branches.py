@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
+from normsurgery.find.call_sites import call_site, names_at
 from normsurgery.find.candidates import NotProven
 from normsurgery.find.events import Event
 from normsurgery.find.places import LAYERS
-from normsurgery.find.position import call_site, names_at
 from normsurgery.fold.affines import is_affine
 from normsurgery.fold.branch_checks import require_own
 from normsurgery.fold.branch_geometry import merged_geometry

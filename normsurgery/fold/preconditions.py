@@ -12,13 +12,13 @@ from normsurgery.fold.checks import Check
 from normsurgery.fold.ground import Ground, Refused
 from normsurgery.graph import ModuleCall
 from normsurgery.surgery.obstacles import obstacle
-from normsurgery.surgery.surroundings import Surroundings
+from normsurgery.surgery.references import ModuleReferences
 from normsurgery.survey import Site
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def require(ground: Ground, model: nn.Module, site: Site, around: Surroundings) -> None:
+def require(ground: Ground, model: nn.Module, site: Site, around: ModuleReferences) -> None:
     """Raises Refused, naming the check, where the norm must stay whatever surrounds it."""
     if site.attach == "weight":
         raise Refused(Check.ON_WEIGHT, next(iter(site.parameters.values()), ""))

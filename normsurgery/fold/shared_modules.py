@@ -14,9 +14,9 @@ from torch import Tensor, fx, nn
 
 from normsurgery.errors import CannotRewrite, CannotTrace
 from normsurgery.find.by_type import typed_norms
+from normsurgery.find.call_sites import call_site
 from normsurgery.find.candidates import NotProven
 from normsurgery.find.events import Event
-from normsurgery.find.position import call_site
 from normsurgery.fold.edits import Copy
 from normsurgery.fold.own_copies import KIND, UNTIED, make_copies
 from normsurgery.graph import FrameRecord, ModuleCall, Op, Recording, Ref, record
@@ -24,6 +24,7 @@ from normsurgery.inputs import Inputs
 from normsurgery.plan import Step
 from normsurgery.spec import Fidelity
 from normsurgery.surgery.calls import recorded_calls
+from normsurgery.surgery.names import fresh_name
 from normsurgery.survey import CallSite, Origin, Site
 from normsurgery.treecopy import tree_copy
 
@@ -157,11 +158,7 @@ def _outside(op: Op, module: nn.Module) -> tuple[FrameRecord, ...]:
 
 
 def _fresh(name: str, taken: set[str]) -> str:
-    stem = name if name.isidentifier() else "shared"
-    number = 2
-    while f"{stem}_{number}" in taken:
-        number += 1
-    return f"{stem}_{number}"
+    return fresh_name(name if name.isidentifier() else "shared", taken, first=2)
 
 
 def _proven(tree: nn.Module, steps: Sequence[Step], inputs: Inputs) -> list[Step]:

@@ -16,8 +16,8 @@ from normsurgery.fold.rules import Proposal
 from normsurgery.plan import Step
 from normsurgery.spec import Fidelity, get
 from normsurgery.surgery.obstacles import lost_fact
+from normsurgery.surgery.references import ModuleReferences
 from normsurgery.surgery.source import build, source_of, tensor_at, what_is_left
-from normsurgery.surgery.surroundings import Surroundings
 from normsurgery.survey import Site, Skip
 
 
@@ -27,7 +27,7 @@ def step_of(
     site: Site,
     proposal: Proposal,
     left: NoMatch | None,
-    around: Surroundings,
+    around: ModuleReferences,
 ) -> Step:
     """The step that carries a proposal out. Raises Refused where no norm can be left in its place.
 
@@ -63,7 +63,7 @@ def neutral(site: Site) -> tuple[Fill, ...]:
     )
 
 
-def _readable(ground: Ground, model: nn.Module, step: Step, around: Surroundings) -> Step:
+def _readable(ground: Ground, model: nn.Module, step: Step, around: ModuleReferences) -> Step:
     """The step, or one that leaves a neutral norm where other code asks for its weight's dtype."""
     conversion = get(step.to).conversion(step.site.kind)
     kept = ground.choices.keep_classes or "pad" in step.options

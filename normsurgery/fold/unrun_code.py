@@ -18,16 +18,9 @@ from torch import Tensor, nn
 from normsurgery.fold.checks import Check
 from normsurgery.fold.ground import Ground, Landing, Refused, Run
 from normsurgery.graph import FrameRecord, Op, Recording
-from normsurgery.graph.lines import functions_of
-from normsurgery.graph.positions import forward_of, syntax_of
-from normsurgery.surgery.readers import (
-    HARMLESS_OF_TENSOR,
-    Chain,
-    _aliases,
-    _chains,
-    _definitions,
-    _step,
-)
+from normsurgery.graph.positions import forward_of, functions_of, syntax_of
+from normsurgery.surgery.attribute_chains import Chain, aliases_in, chains_at, self_name_of
+from normsurgery.surgery.references import HARMLESS_OF_TENSOR, child_named
 
 _READS = ("aten._local_scalar_dense", "aten.is_nonzero", "aten.equal", "aten.item")
 
@@ -143,9 +136,9 @@ class UnrunCode:
     def _require_no_data(self, frame: FrameRecord, test: ast.expr) -> None:
         recording = self.example.located.recording
         for op in reads_data(recording):
-            own = next((f for f in op.frames if f.serial == frame.serial), None)
-            inside = own is not None and own.span is not None
-            if inside and test.lineno <= own.span.line <= (test.end_lineno or test.lineno):
+            spans = (f.span for f in op.frames if f.serial == frame.serial and f.span is not None)
+            last = test.end_lineno or test.lineno
+            if any(test.lineno <= span.line <= last for span in spans):
                 raise Refused(Check.DATA_DEPENDENT, f"`if {ast.unparse(test)}` decides what runs")
 
 
@@ -175,17 +168,22 @@ def _reached(owner: nn.Module, ran: Mapping[CodeType, set[int]]) -> Iterator[Fun
         if name in seen:
             continue
         seen.add(name)
-        found = [f for f in _definitions(owner, name) if not _is_torch(f)]
-        around = [f for base in type(owner).__mro__ for f in functions_of(vars(base).get(name))]
-        some_ran = any(f.__code__ in ran for f in around)
-        for function in found if some_ran else found[:1]:
-            if function.__code__ in ran or not some_ran:
-                yield function
-                queue += [chain[0] for _, chain in _named_in(function)]
+        for function in _behind(owner, name, ran):
+            yield function
+            queue += [chain[0] for _, chain in _named_in(function)]
 
 
-def _is_torch(function: FunctionType) -> bool:
-    return (function.__module__ or "").startswith("torch.")
+def _behind(
+    owner: nn.Module, name: str, ran: Mapping[CodeType, set[int]]
+) -> Sequence[FunctionType]:
+    held = [vars(base)[name] for base in type(owner).__mro__ if name in vars(base)]
+    if name in vars(owner):
+        held.insert(0, vars(owner)[name])
+    functions = [f for value in held for f in functions_of(value)]
+    chosen = [f for f in functions if f.__code__ in ran] or list(
+        functions_of(next(iter(held), None))
+    )
+    return [f for f in chosen if not (f.__module__ or "").startswith("torch.")]
 
 
 def _named_on(function: FunctionType) -> list[tuple[int, Chain]]:
@@ -207,17 +205,21 @@ def _named_in(function: FunctionType) -> list[tuple[int, Chain]]:
     definition = _syntax(function)
     if definition is None:
         return []
-    arguments = (*definition.args.posonlyargs, *definition.args.args)
-    if not arguments:
+    self_name = self_name_of(definition)
+    if self_name is None:
         return []
-    aliases = _aliases(definition, arguments[0].arg)
+    aliases = aliases_in(definition, self_name)
     harmless = {id(inner) for node in ast.walk(definition) for inner in _without_effect(node)}
-    parts = {id(node.value) for node in ast.walk(definition) if _is_part(node)}
+    parts = {
+        id(node.value)
+        for node in ast.walk(definition)
+        if isinstance(node, (ast.Attribute, ast.Subscript))
+    }
     return [
         (node.lineno, chain)
         for node in ast.walk(definition)
         if isinstance(node, ast.expr) and id(node) not in harmless and id(node) not in parts
-        for chain in _chains(node, aliases)
+        for chain in chains_at(node, aliases)
         if chain and HARMLESS_OF_TENSOR.isdisjoint(chain)
     ]
 
@@ -246,10 +248,6 @@ def _raises_for(owner: nn.Module, statement: ast.stmt) -> bool:
     return False
 
 
-def _is_part(node: ast.AST) -> bool:
-    return isinstance(node, (ast.Attribute, ast.Subscript))
-
-
 def _without_effect(node: ast.AST) -> Iterator[ast.AST]:
     """What ends in an exception gives no output, and what trains does not run in eval mode."""
     if isinstance(node, ast.Raise):
@@ -263,7 +261,7 @@ def _meant(owner: nn.Module, chain: Chain) -> Iterator[tuple[int, str | None]]:
     """The modules that a chain ends at, or the tensor of a module."""
     modules = [owner]
     for place, name in enumerate(chain):
-        further = [found for module in modules for found in _step(module, name)]
+        further = [found for module in modules for found in child_named(module, name)]
         if not further:
             for module in modules:
                 if isinstance(getattr(module, name, None), Tensor):

@@ -25,7 +25,7 @@ from normsurgery.fold.steps import foremost, step_of
 from normsurgery.fold.unrun_code import UnrunCode
 from normsurgery.graph.flow import Operand
 from normsurgery.plan import Step
-from normsurgery.surgery.surroundings import Surroundings
+from normsurgery.surgery.references import ModuleReferences
 from normsurgery.survey import Site
 
 Key = int | str  # a site by its index, a sum of branches by its label
@@ -60,7 +60,7 @@ class Worklist:
         self.grounds = grounds
         self.refused = refused
         self.hints = hints
-        self.around = Surroundings(model)
+        self.around = ModuleReferences(model)
         self.unrun = UnrunCode(grounds)
         self.made: dict[int, Step] = {}
         self.failed: dict[int, list[NoMatch]] = {}

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from normsurgery.graph.positions import functions_within
+from normsurgery.graph.positions import functions_of
 
 
 @dataclass
@@ -49,10 +49,3 @@ class Lines:
             return ran
 
         return ran
-
-
-def functions_of(value: Any) -> Iterator[Any]:
-    """The functions behind a class attribute: a method, a property, a static method."""
-    if isinstance(value, property):
-        value = value.fget
-    yield from functions_within(getattr(value, "__func__", getattr(value, "func", value)))

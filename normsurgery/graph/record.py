@@ -206,6 +206,8 @@ class _Recorder:
 
         handles = []
         for module in model.modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # it takes no hooks; its operations are seen as its caller's
             handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             handles.append(module.register_forward_hook(leave, with_kwargs=True))
         try:

@@ -17,7 +17,6 @@ from normsurgery.surgery.building import (
     Built,
     built_step,
     came_from,
-    join,
     moved_names,
     note,
     saved_names,
@@ -25,11 +24,12 @@ from normsurgery.surgery.building import (
 from normsurgery.surgery.forwards import placement_of, rewritten, sums_of, where_it_is_now
 from normsurgery.surgery.inherit import inherit, inherit_tensors, tensor_in, tie
 from normsurgery.surgery.keymap import Entries, KeyMap, Move
+from normsurgery.surgery.names import join
 from normsurgery.surgery.owner import OwnerCall
+from normsurgery.surgery.references import ModuleReferences
 from normsurgery.surgery.relation import tensors_in
 from normsurgery.surgery.sharing import shared_tensors
 from normsurgery.surgery.source import module_at
-from normsurgery.surgery.surroundings import Surroundings
 from normsurgery.surgery.tree import names_of, paths_of, replace_everywhere
 from normsurgery.survey import CallSite, Skip
 
@@ -99,7 +99,7 @@ def apply(model: nn.Module, plan: Plan, calls: Calls | None) -> Applied:
     if calls is not None:
         for item in built.values():
             require_padding_held(item.step, item.source)
-    around = Surroundings(model)
+    around = ModuleReferences(model)
     for owner_path in dict.fromkeys(s.site.path for s in rest.values() if s.site.form != "module"):
         following = sums_of(merges.values(), owner_path)
         _rewrite(model, owner_path, paths[owner_path], built, calls, progress, around, following)
@@ -184,7 +184,7 @@ def _rewrite(
     built: Mapping[int, Built],
     calls: Calls | None,
     progress: _Progress,
-    around: Surroundings,
+    around: ModuleReferences,
     following: Sequence[CallSite],
 ) -> None:
     """Rewrite one owner with all its norms; where that is impossible its steps become Skips."""
@@ -194,7 +194,7 @@ def _rewrite(
     for item in items.values():
         inherit_tensors(item.source.tensors, owner, item.new, moved_names(item))
     placements = [placement_of(item) for item in items.values()]
-    shared = shared_tensors(model, owner, placements, around)
+    shared = shared_tensors(owner, placements, around)
     try:
         names, followed = rewritten(
             owner,

@@ -13,6 +13,7 @@ from normsurgery.plan import Step
 from normsurgery.spec import Source
 from normsurgery.surgery.inherit import is_transient, tensor_in
 from normsurgery.surgery.keymap import Entries, Made, Move
+from normsurgery.surgery.names import join
 from normsurgery.surgery.owner import Placement
 from normsurgery.surgery.owner.rewriting import tensor_names
 from normsurgery.surgery.relation import (
@@ -188,7 +189,3 @@ def saved_names(module: nn.Module) -> set[str]:
         saved = set(child._buffers) - child._non_persistent_buffers_set
         names |= {join(path, name) for name in saved if child._buffers[name] is not None}
     return names
-
-
-def join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name

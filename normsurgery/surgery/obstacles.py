@@ -5,13 +5,13 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.utils import parametrize
 
+from normsurgery.surgery.references import ModuleReferences
 from normsurgery.surgery.source import module_at
-from normsurgery.surgery.surroundings import Surroundings
 from normsurgery.survey import Site
 
 
 def obstacle(
-    model: nn.Module, site: Site, *, copies: bool, around: Surroundings | None = None
+    model: nn.Module, site: Site, *, copies: bool, around: ModuleReferences | None = None
 ) -> str | None:
     """The reason why the module at `site` cannot be replaced, or None.
 
@@ -21,7 +21,7 @@ def obstacle(
     if site.form != "module":
         return None
     module = module_at(model, site.path)
-    around = around or Surroundings(model)
+    around = around or ModuleReferences(model)
     holder = around.holder_of(module)
     if holder is not None:
         return (
@@ -51,12 +51,12 @@ def obstacle(
 
 
 def lost_fact(
-    model: nn.Module, site: Site, new: nn.Module, around: Surroundings | None = None
+    model: nn.Module, site: Site, new: nn.Module, around: ModuleReferences | None = None
 ) -> str | None:
     """The reason why `new` lacks an attribute whose dtype, device or shape a parent asks for."""
     if site.form != "module":
         return None
-    for read in (around or Surroundings(model)).reads_of(module_at(model, site.path)):
+    for read in (around or ModuleReferences(model)).reads_of(module_at(model, site.path)):
         if read.fact and getattr(new, read.attribute, None) is None:
             return f"{read}, and the replacement has no {read.attribute}"
     return None

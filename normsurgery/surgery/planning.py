@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +17,7 @@ from normsurgery.survey import Site, Skip, Survey
 if TYPE_CHECKING:
     from torch import nn
 
-    from normsurgery.surgery.surroundings import Surroundings
+    from normsurgery.surgery.references import ModuleReferences
 
 
 def plan(
@@ -46,7 +45,7 @@ def plan(
     Raises UsageError where nothing is selected, everything is refused, or an option is unknown;
     CannotConvert where the given options make a site impossible; PromiseBroken for `require`.
     """
-    from normsurgery.surgery.surroundings import Surroundings
+    from normsurgery.surgery.references import ModuleReferences
 
     chosen_rules = as_rules(to, rules, options or {})
     checked_init(init)
@@ -56,7 +55,7 @@ def plan(
     steps: list[Step] = []
     skips: list[Skip] = []
     refused: list[Skip] = []
-    around = Surroundings(model)
+    around = ModuleReferences(model)
     for site in survey.sites:
         rule = next((rule for rule in chosen_rules if rule.matches(site)), None)
         if site.index not in selected or rule is None:
@@ -81,7 +80,7 @@ def plan(
 
 
 def _decide(
-    model: nn.Module, site: Site, rule: Rule, init: Init, around: Surroundings
+    model: nn.Module, site: Site, rule: Rule, init: Init, around: ModuleReferences
 ) -> Step | Skip:
     from normsurgery.surgery.obstacles import lost_fact, obstacle
     from normsurgery.surgery.source import source_of
@@ -122,20 +121,17 @@ def _decide(
 
 def with_children(model: nn.Module, steps: Sequence[Step]) -> tuple[Step, ...]:
     """The steps, those in a forward with the first free norm_0, norm_1, ... of their owner."""
+    from normsurgery.surgery.names import fresh_name
     from normsurgery.surgery.source import module_at
 
-    taken: set[tuple[str, str]] = set()
+    taken: dict[str, set[str]] = {}
     named: list[Step] = []
     for step in steps:
         if step.site.form != "module" and not step.child:
-            owner = module_at(model, step.site.path)
-            free = (
-                name
-                for name in (f"norm_{number}" for number in itertools.count())
-                if (step.site.path, name) not in taken and not hasattr(owner, name)
-            )
-            step = replace(step, child=next(free))
-            taken.add((step.site.path, step.child))
+            path = step.site.path
+            used = taken.setdefault(path, set(dir(module_at(model, path))))
+            step = replace(step, child=fresh_name("norm", used))
+            used.add(step.child)
         named.append(step)
     return tuple(named)
 

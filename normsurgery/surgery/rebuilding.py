@@ -13,10 +13,10 @@ from normsurgery.plan import MERGED, Plan, Step
 from normsurgery.surgery.application import apply
 from normsurgery.surgery.forwards import sums_of, where_it_is_now
 from normsurgery.surgery.owner import Placement, is_rewritten, reapply, restore
-from normsurgery.surgery.remember import remember
+from normsurgery.surgery.plan_record import record_plan
+from normsurgery.surgery.references import ModuleReferences
 from normsurgery.surgery.sharing import shared_tensors
 from normsurgery.surgery.source import module_at
-from normsurgery.surgery.surroundings import Surroundings
 from normsurgery.treecopy import tree_copy
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def rebuild(model: nn.Module, plan: Plan | Report) -> nn.Module:
             f"{refused.path} of {made.model} cannot be made again: {refused.reason}. The plan was "
             f"made with {_versions(made)}; use these versions, or swap the original model again."
         )
-    remember(applied.model, made)
+    record_plan(applied.model, made)
     return applied.model
 
 
@@ -78,7 +78,7 @@ def restore_rewrites(model: nn.Module, plan: Plan | Report) -> nn.Module:
     if weights:
         model = apply(model, replace(made, steps=weights), None).model
     calls = [step for step in made.steps if step.site.form != "module"]
-    around = Surroundings(model)
+    around = ModuleReferences(model)
     for path in dict.fromkeys(step.site.path for step in calls):
         owner = module_at(model, path)
         if isinstance(owner, fx.GraphModule):
@@ -93,7 +93,7 @@ def restore_rewrites(model: nn.Module, plan: Plan | Report) -> nn.Module:
                 made_again = reapply(
                     owner,
                     placements,
-                    shared=shared_tensors(model, owner, placements, around),
+                    shared=shared_tensors(owner, placements, around),
                     following=sums_of(merges, path),
                 )
                 merges = [where_it_is_now(step, made_again.followed) for step in merges]

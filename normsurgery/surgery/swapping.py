@@ -23,10 +23,10 @@ from normsurgery.surgery.calls import recorded_calls
 from normsurgery.surgery.inherit import hooked_parameters
 from normsurgery.surgery.journal import Journal
 from normsurgery.surgery.keymap import KeyMap
+from normsurgery.surgery.plan_record import config_of, record_plan
 from normsurgery.surgery.planning import check_promise
 from normsurgery.surgery.planning import plan as make_plan
 from normsurgery.surgery.programs import apply_to_program
-from normsurgery.surgery.remember import config_of, remember
 from normsurgery.surgery.statistics import estimate_statistics
 from normsurgery.surgery.wrapped import unwrapped
 from normsurgery.survey import Survey, renumbered
@@ -132,7 +132,7 @@ def _swap_module(model: nn.Module, request: _Request) -> tuple[nn.Module, Report
         )
     if journal is not None:
         journal.watch(config_of(model), CONFIG_KEY)
-    remember(applied.model, applied.plan)
+    record_plan(applied.model, applied.plan)
     notes += _left_hooks(hooked, applied.model)
     report = Report(
         verb="swap",

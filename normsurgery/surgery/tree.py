@@ -30,6 +30,14 @@ def paths_of(model: nn.Module, wanted: nn.Module) -> list[str]:
     ]
 
 
+def paths_of_all(model: nn.Module) -> dict[int, list[str]]:
+    """Every path of every module, by the `id` of it."""
+    found: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        found.setdefault(id(module), []).append(path)
+    return found
+
+
 def names_of(model: nn.Module, wanted: Tensor) -> list[str]:
     """Every name of a parameter or buffer, through every alias."""
     named = (

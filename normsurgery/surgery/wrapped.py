@@ -32,12 +32,11 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
             f"the model is wrapped in {wrapper}, whose hooks are bound to the present parameters. "
             "Swap the inner model (its .module) and wrap the result again."
         )
-    for path, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            raise UsageError(
-                f"{path or 'the model itself'} is TorchScript, whose code cannot be edited. "
-                "Start from the Python model it was scripted from."
-            )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UsageError(
+            "the model itself is TorchScript, whose code cannot be edited. "
+            "Start from the Python model it was scripted from."
+        )
     tensors = (*model.named_parameters(), *model.named_buffers())
     lazy = [name for name, tensor in tensors if is_lazy(tensor)]
     if lazy:

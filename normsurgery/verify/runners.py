@@ -181,12 +181,21 @@ def set_mode(model: nn.Module, mode: Mode) -> None:
 def full_precision() -> Iterator[None]:
     """Inside, CUDA multiplies float32 as float32: by default convolutions round to 11 bits first
     (TF32), which is another precision than the one that is compared."""
-    kept = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    kept = matmul.allow_tf32
+    matmul.allow_tf32 = False
     try:
-        yield
+        # A plain assignment is forbidden after torch.backends.disable_global_flags().
+        with cudnn.flags(
+            enabled=cudnn.enabled,
+            benchmark=cudnn.benchmark,
+            benchmark_limit=cudnn.benchmark_limit,
+            deterministic=cudnn.deterministic,
+            allow_tf32=False,
+        ):
+            yield
     finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = kept
+        matmul.allow_tf32 = kept
 
 
 @contextmanager

@@ -19,8 +19,6 @@ from normsurgery.errors import CannotRewrite
 from normsurgery.graph import positions
 from normsurgery.spec import Source
 from normsurgery.surgery.owner import OwnerCall, Placement, rewrite_owner
-from normsurgery.surgery.owner.install import install
-from normsurgery.surgery.owner.proof import prove
 from normsurgery.survey import CallSite, Origin, Site
 
 
@@ -130,25 +128,13 @@ def same(a, b) -> None:
         assert a == b
 
 
-def rewrite(owner, placements, calls, way=None):
-    """`rewrite_owner`, or one of its two ways alone."""
-    if way is None:
-        return rewrite_owner(owner, placements, calls)
-    rewriting = way.rewriting(owner, placements)
-    prove(owner, rewriting, placements, calls)
-    install(owner, rewriting, {p.name: p.module for p in placements})
-    return rewriting
-
-
-def swap_to_itself(
-    owner: nn.Module, sites: list[Site], calls: list[OwnerCall], way=None
-) -> nn.Module:
+def swap_to_itself(owner: nn.Module, sites: list[Site], calls: list[OwnerCall]) -> nn.Module:
     """A rewritten copy that is then checked, in fp32 and bit for bit, in both modes."""
     swapped = copy.deepcopy(owner)
     placements = [
         Placement(found, f"norm_{i}", converted(swapped, found)) for i, found in enumerate(sites)
     ]
-    rewrite(swapped, placements, calls, way)
+    rewrite_owner(swapped, placements, calls)
     assert isinstance(swapped, type(owner))
     assert type(swapped).__name__ == type(owner).__name__
     for training in (False, True):

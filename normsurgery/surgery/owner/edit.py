@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from normsurgery.errors import CannotRewrite
 from normsurgery.graph.positions import node_at
-from normsurgery.surgery.owner.prune import Definition, prune
-from normsurgery.surgery.owner.reads import self_name_of
+from normsurgery.surgery.attribute_chains import Definition, self_name_of
+from normsurgery.surgery.names import fresh_name
+from normsurgery.surgery.owner.prune import prune
 from normsurgery.survey import CallSite
 
 Output = ast.expr | ast.AugAssign
@@ -252,7 +253,4 @@ def _in_place(call: ast.Call) -> bool:
 def _fresh_name(definition: Definition) -> str:
     used = {node.id for node in ast.walk(definition) if isinstance(node, ast.Name)}
     used |= {node.arg for node in ast.walk(definition) if isinstance(node, ast.arg)}
-    number = 0
-    while f"normalised_{number}" in used:
-        number += 1
-    return f"normalised_{number}"
+    return fresh_name("normalised", used)

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 
 from normsurgery.errors import CannotRewrite
 from normsurgery.surgery.owner.biases import give_bias, weight_without_bias
-from normsurgery.surgery.owner.graphs import Replacement, below, erase, norm_nodes, unused
+from normsurgery.surgery.owner.graphs import Replacement, below, erase, fresh_names, norm_nodes
 from normsurgery.survey import Site
 from normsurgery.treecopy import tree_copy
 
@@ -52,7 +52,8 @@ def rewrite_exported(
     edited.set_tensors({name: t for name, t in tensors.items() if name not in biases})
     for bias, weight in biases.items():
         edited.give_bias(bias, weight, tensors[bias])
-    names = edited.fresh_names(len(replacements))
+    used = {name.partition(".")[0] for name in edited.tensors}
+    names = fresh_names(used, len(replacements))
     for name, (site, module) in zip(names, replacements, strict=True):
         edited.replace(name, site, module)
     for site, _ in replacements:
@@ -75,10 +76,6 @@ class _Program:
         self.mode = next(mode for node in self.graph.nodes if (mode := _mode_of(node)) is not None)
         self.tensors: dict[str, Tensor] = dict(program.state_dict)
         self.constants = dict(program.constants)
-
-    def fresh_names(self, count: int) -> tuple[str, ...]:
-        used = {name.partition(".")[0] for name in self.tensors}
-        return tuple(unused("norm", used, count))
 
     def replace(self, name: str, site: Site, module: nn.Module) -> None:
         output, value = norm_nodes(self.by_name, site)

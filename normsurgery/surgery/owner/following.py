@@ -8,7 +8,7 @@ from dataclasses import replace
 from types import FunctionType
 
 from normsurgery.graph.positions import node_at, source_hash, span_at, syntax_of
-from normsurgery.surgery.owner.prune import Definition
+from normsurgery.surgery.attribute_chains import Definition
 from normsurgery.survey import CallSite, Origin, Span
 
 Places = Mapping[Span, ast.AST | None]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import fx, nn
 
 from normsurgery.errors import CannotRewrite
+from normsurgery.surgery.names import fresh_name
 from normsurgery.surgery.owner.biases import editable
 from normsurgery.survey import Site
 
@@ -32,7 +33,7 @@ def rewrite_graph_module(
     """
     graph, by_name = editable(graph_module)
     found = [(*norm_nodes(by_name, site), site, module) for site, module in replacements]
-    names = _fresh_names(graph_module, len(found))
+    names = fresh_names(set(dir(graph_module)), len(found))
     replaced: dict[fx.Node, fx.Node] = {}  # a norm may normalise another norm's output
     for name, (output, given, _, module) in zip(names, found, strict=True):
         value = replaced.get(given, given)
@@ -90,7 +91,7 @@ def erase(output: fx.Node, keep: fx.Node) -> None:
         waiting.extend(above)
 
 
-def drop_updates(graph: fx.Graph, names: Collection[str]) -> None:
+def _drop_updates(graph: fx.Graph, names: Collection[str]) -> None:
     """Erase every node that does nothing but update one of these tensors of the graph's module."""
     for read in [n for n in graph.nodes if n.op == "get_attr" and n.target in names]:
         for user in [user for user in read.users if _only_updates(user, read)]:
@@ -101,7 +102,7 @@ def drop_updates(graph: fx.Graph, names: Collection[str]) -> None:
 
 def _drop_tensors(graph_module: fx.GraphModule, graph: fx.Graph, names: Collection[str]) -> None:
     """Erase the old norm's tensors and their updates, where no node reads them."""
-    drop_updates(graph, names)
+    _drop_updates(graph, names)
     for name in names:
         if any(_reads(node, name) for node in graph.nodes):
             continue
@@ -112,7 +113,7 @@ def _drop_tensors(graph_module: fx.GraphModule, graph: fx.Graph, names: Collecti
         holder._non_persistent_buffers_set.discard(attribute)
 
 
-def mutates(node: fx.Node) -> bool:
+def _mutates(node: fx.Node) -> bool:
     """Whether a node may change a tensor in place; a call of a module may."""
     if node.op == "call_method":
         name = str(node.target)
@@ -126,7 +127,7 @@ def _only_updates(node: fx.Node, read: fx.Node) -> bool:
     """Whether a node nobody reads changes `read` in place (`self.n.add_(1)`)."""
     if node.users or not node.args or node.args[0] is not read:
         return False
-    return node.op != "call_module" and mutates(node)
+    return node.op != "call_module" and _mutates(node)
 
 
 def _reads(node: fx.Node, name: str) -> bool:
@@ -146,15 +147,9 @@ def below(site: Site) -> frozenset[str]:
     )
 
 
-def _fresh_names(graph_module: fx.GraphModule, count: int) -> tuple[str, ...]:
-    used = {*vars(graph_module), *graph_module._modules, *graph_module._parameters}
-    return tuple(unused("norm", used | set(graph_module._buffers), count))
-
-
-def unused(stem: str, used: set[str], count: int) -> Iterator[str]:
-    number = 0
-    while count:
-        if f"{stem}_{number}" not in used:
-            yield f"{stem}_{number}"
-            count -= 1
-        number += 1
+def fresh_names(used: set[str], count: int) -> tuple[str, ...]:
+    """Names for that many norms, none of them used."""
+    names: list[str] = []
+    for _ in range(count):
+        names.append(fresh_name("norm", used.union(names)))
+    return tuple(names)

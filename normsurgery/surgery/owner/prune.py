@@ -5,8 +5,8 @@ from __future__ import annotations
 import ast
 from collections.abc import Collection, Iterator
 
-Chain = tuple[str, ...]
-Definition = ast.FunctionDef | ast.AsyncFunctionDef
+from normsurgery.surgery.attribute_chains import Chain, Definition, chains_at
+
 ASSIGNMENTS = (ast.Assign, ast.AnnAssign)
 # Calls that compute a value and do nothing else.
 PURE_BUILTINS = frozenset({"bool", "float", "int", "isinstance", "len", "list", "tuple"})
@@ -123,11 +123,11 @@ def _updates(statement: ast.stmt, self_name: str, moved: Collection[Chain], pure
         if not isinstance(call.func, ast.Attribute) or not call.func.attr.endswith("_"):
             return False
         rest = [*call.args, *(keyword.value for keyword in call.keywords)]
-        return _chain(call.func.value, self_name) in moved and all(map(pure.of, rest))
+        return _is_one_of(call.func.value, self_name, moved) and all(map(pure.of, rest))
     if isinstance(statement, ast.AugAssign):
-        return _chain(statement.target, self_name) in moved and pure.of(statement.value)
+        return _is_one_of(statement.target, self_name, moved) and pure.of(statement.value)
     if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
-        return _chain(statement.targets[0], self_name) in moved and pure.of(statement.value)
+        return _is_one_of(statement.targets[0], self_name, moved) and pure.of(statement.value)
     return False
 
 
@@ -166,9 +166,5 @@ def _must_not_be_empty(definition: Definition, block: list[ast.stmt]) -> bool:
     return any(getattr(node, "body", None) is block for node in ast.walk(definition))
 
 
-def _chain(node: ast.AST, self_name: str) -> Chain:
-    parts: list[str] = []
-    while isinstance(node, ast.Attribute):
-        parts.insert(0, node.attr)
-        node = node.value
-    return tuple(parts) if isinstance(node, ast.Name) and node.id == self_name else ()
+def _is_one_of(node: ast.AST, self_name: str, moved: Collection[Chain]) -> bool:
+    return any(chain in moved for chain in chains_at(node, {self_name: frozenset({()})}))

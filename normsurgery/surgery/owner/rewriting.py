@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
 from normsurgery.errors import CannotRewrite
 from normsurgery.spec import Source
 from normsurgery.survey import CallSite, Site
-
-Way = Literal["fx", "source"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,6 @@ class Rewriting:
     followed: other places in the old forward that were asked about -> where they are in the new.
     """
 
-    way: Way
     forward: Callable[..., Any]
     moved: tuple[str, ...] = ()
     kept: Mapping[str, str] = field(default_factory=dict)

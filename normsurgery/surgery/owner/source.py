@@ -1,4 +1,4 @@
-"""The source way: one forward, edited at the norm's expression, compiled as what it was.
+"""One forward, edited in its source at the norm's expression, compiled as what it was.
 
 The new code runs in the function's own globals with its own defaults and closure cells, so that
 `super()`, names of the module and captured values stay what they were. Decorators are not run
@@ -21,12 +21,12 @@ from torch import nn
 
 from normsurgery.errors import CannotRewrite
 from normsurgery.graph.positions import functions_within, source_hash, syntax_of
+from normsurgery.surgery.attribute_chains import Definition
 from normsurgery.surgery.owner.edit import Target, edit
 from normsurgery.surgery.owner.following import followed, places_of
 from normsurgery.surgery.owner.install import original_class
-from normsurgery.surgery.owner.prune import Definition
-from normsurgery.surgery.owner.reads import readers
 from normsurgery.surgery.owner.rewriting import Placement, Rewriting, check_distinct, tensor_names
+from normsurgery.surgery.owner.still_read import still_read
 from normsurgery.survey import CallSite
 
 FUTURES = sum(getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
@@ -54,9 +54,8 @@ def rewriting(
     )
     function = _compiled(definition, inner)
     tensors = list(dict.fromkeys(name for own in names for name in own.values()))
-    read = readers(original_class(owner), definition, inner, tensors)
+    read = still_read(original_class(owner), definition, inner, tensors)
     return Rewriting(
-        way="source",
         forward=_rewrapped(outer, inner, function, {}),
         moved=tuple(name for name in tensors if name not in read),
         kept={name: f"{where} reads it" for name, where in read.items()},
@@ -115,7 +114,7 @@ def _compiled(definition: Definition, original: FunctionType) -> FunctionType:
         original.__defaults__,
         tuple(cells[name] for name in code.co_freevars),
     )
-    return dressed(function, original)
+    return _dressed(function, original)
 
 
 def _code(definition: Definition, original: FunctionType) -> CodeType:
@@ -168,7 +167,7 @@ def _rewrapped(
         value.__code__, value.__globals__, value.__name__, value.__defaults__, closure
     )
     done[id(value)] = copied
-    dressed(copied, value)
+    _dressed(copied, value)
     for new_cell, cell in zip(closure, cells, strict=True):
         if new_cell is not cell:
             new_cell.cell_contents = _rewrapped(cell.cell_contents, old, new, done)
@@ -184,7 +183,7 @@ def _holds(cell: CellType, old: FunctionType) -> bool:
         return False
 
 
-def dressed(function: FunctionType, original: FunctionType) -> FunctionType:
+def _dressed(function: FunctionType, original: FunctionType) -> FunctionType:
     """With everything of `original` that is not its code."""
     function.__kwdefaults__ = dict(original.__kwdefaults__) if original.__kwdefaults__ else None
     function.__annotations__ = dict(original.__annotations__)

@@ -16,7 +16,7 @@ def config_of(model: nn.Module) -> Any | None:
     return config if callable(getattr(model, "save_pretrained", None)) else None
 
 
-def remember(model: nn.Module, plan: Plan) -> None:
+def record_plan(model: nn.Module, plan: Plan) -> None:
     """Note the plan in the model's config, if it has one, so that `ns.load` makes it again.
 
     `from_pretrained` knows nothing of it and would bring the old norms back.
