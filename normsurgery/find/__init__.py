@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import fx, nn
@@ -84,21 +84,21 @@ def locate(model: Model, inputs: Inputs) -> Located:
     return Located(survey, recording, ends)
 
 
-def locate_again(located: Located, model: Model, inputs: Inputs, *, meta: bool = False) -> Located:
-    """Where the norms of a Survey stand in another run of the same model.
+def locate_again(survey: Survey, model: Model, inputs: Inputs, *, meta: bool = False) -> Located:
+    """Where the norms of a Survey stand in a run of the same model.
 
     meta: the run needs no values (see `record`). Raises CannotTrace where it does not run.
     """
     module = model.module() if isinstance(model, ExportedProgram) else model
     recording = record(module, inputs, watched=WATCHED, meta=meta)
-    known = {site.path: site for site in located.survey if site.form == "module"}
+    known = {site.path: site for site in survey if site.form == "module"}
     reader = Reader(Tree.of(module), recording, known, {})
     for _ in reader.sites():
         pass
     ends = {place_of(key): spots for key, spots in reader.ends.items()}
-    places = {site.index: place_of(key_of(site)) for site in located.survey}
+    places = {site.index: place_of(key_of(site)) for site in survey}
     found = {index: ends[place] for index, place in places.items() if place in ends}
-    return replace(located, recording=recording, ends=found)
+    return Located(survey, recording, found)
 
 
 def _surveyed(

@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 
 from normsurgery.errors import UsageError
 from normsurgery.fold.carrying_out import carried_out
-from normsurgery.fold.ground import Choices
+from normsurgery.fold.ground import choices_of
 from normsurgery.fold.planning import Planner, Request
 from normsurgery.fold.programs import folded_program
 from normsurgery.fold.pruning import prune_identities
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 
 Model = TypeVar("Model", bound=nn.Module | ExportedProgram)
-PADS = ("refuse", "explicit")
 
 
 def fold(
@@ -81,15 +80,9 @@ def fold(
     if plan is not None:
         _require_fold(plan, chosen=kind is not None or bool(only) or bool(exclude))
     inner, notes = _opened(model, inplace)
-    notes += _eval_notes(inner, eval)
+    notes += switched_to_eval(inner, eval)
     given = infer(model) if inputs is None else as_inputs(inputs)
-    if pad not in PADS:
-        raise UsageError(f"pad is {pad!r}; it must be one of: {', '.join(PADS)}.")
-    choices = Choices(
-        untie=untie,
-        explicit_pad=pad == "explicit",
-        rmsnorm=rmsnorm,
-    )
+    choices = choices_of(rmsnorm=rmsnorm, pad=pad, untie=untie)
     changed: Any
     with random_state_kept(inner):
         original = tree_copy(inner, clone=True) if inplace else inner
@@ -148,7 +141,7 @@ def _require_fold(plan: Plan, *, chosen: bool) -> None:
         )
 
 
-def _eval_notes(model: nn.Module, switch: bool) -> tuple[str, ...]:
+def switched_to_eval(model: nn.Module, switch: bool) -> tuple[str, ...]:
     """What is switched to eval mode. Raises UsageError where that was not asked for."""
     if not has_mode(model):
         return ()

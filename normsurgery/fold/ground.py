@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
+from normsurgery.errors import UsageError
 from normsurgery.find import Located
 from normsurgery.fold.checks import Check, NoMatch
 from normsurgery.fold.edits import Edit, Vector
@@ -41,6 +42,16 @@ class Choices:
     explicit_pad: bool = False
     keep_classes: bool = False
     rmsnorm: bool = False
+
+
+PADS = ("refuse", "explicit")
+
+
+def choices_of(*, rmsnorm: bool, pad: str, untie: bool) -> Choices:
+    """As the verbs take them. Raises UsageError."""
+    if pad not in PADS:
+        raise UsageError(f"pad is {pad!r}; it must be one of: {', '.join(PADS)}.")
+    return Choices(untie=untie, explicit_pad=pad == "explicit", rmsnorm=rmsnorm)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import nn
 from normsurgery.fold.centring import centre
 from normsurgery.fold.checks import NoMatch
 from normsurgery.fold.ground import Choices, Ground
-from normsurgery.fold.measuring import Measured, measured
+from normsurgery.fold.measuring import Measured, located_in, measured
 from normsurgery.fold.merged_layers import with_biases
 from normsurgery.fold.parametrizations import apply_baked, baked_steps
 from normsurgery.fold.steps import skip
@@ -67,10 +67,14 @@ def plan_fold(
 class Planner:
     """Plans folds of one model; the runs that they are measured on are made once."""
 
-    def __init__(self, model: nn.Module, inputs: Inputs, request: Request) -> None:
+    def __init__(
+        self, model: nn.Module, inputs: Inputs, request: Request, survey: Survey | None = None
+    ) -> None:
+        """survey: what was found before; found anew without."""
         self.model, self.inputs, self.request = model, inputs, request
         self.baked, self.left, self.ready = _baked(model, request)
-        self.measured = measured(self.ready, inputs, request.choices, request.calls)
+        example = located_in(self.ready, inputs, survey)
+        self.measured = measured(self.ready, inputs, example, request.choices, request.calls)
         self.survey = self.measured.example.survey
         sites = (*self.survey.sites, *(step.site for step in self.baked))
         chosen = select(sites, request.kind, request.only, request.exclude)
