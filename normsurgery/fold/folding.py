@@ -16,6 +16,7 @@ from normsurgery.fold.planning import Planner, Request
 from normsurgery.fold.programs import folded_program
 from normsurgery.fold.pruning import prune_identities
 from normsurgery.fold.speed import measure_speed
+from normsurgery.fold.untied_flags import correct_ties
 from normsurgery.inputs import as_inputs, infer
 from normsurgery.plan import Plan, versions
 from normsurgery.randomstate import random_state_kept
@@ -166,7 +167,9 @@ def _in_eval(model: nn.Module) -> nn.Module:
 def _apply(original: nn.Module, working: nn.Module, plan: Plan, inputs: Inputs) -> Applied:
     owners = dict.fromkeys(step.site.path for step in plan.steps if step.site.form != "module")
     calls = recorded_calls(original, list(owners), inputs) if owners else {}
-    return apply(working, plan, calls)
+    applied = apply(working, plan, calls)
+    correct_ties(applied.model, plan)
+    return applied
 
 
 def _in_place(

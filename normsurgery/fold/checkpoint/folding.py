@@ -25,7 +25,7 @@ from normsurgery.fold.checkpoint.evaluating import Evaluation, refuse_created
 from normsurgery.fold.checkpoint.keys import read_names
 from normsurgery.fold.checkpoint.layout import Layout, read_layout, read_object
 from normsurgery.fold.checkpoint.neutral import edits_of, without_neutral
-from normsurgery.fold.checkpoint.others import TIED, write_others, write_record
+from normsurgery.fold.checkpoint.others import write_others, write_record
 from normsurgery.fold.checkpoint.proving import prove
 from normsurgery.fold.checkpoint.reading import same_bytes
 from normsurgery.fold.checkpoint.resuming import (
@@ -38,6 +38,7 @@ from normsurgery.fold.checkpoint.resuming import (
 )
 from normsurgery.fold.checkpoint.streaming import OutputShard, planned_outputs, write_shard
 from normsurgery.fold.ground import Choices
+from normsurgery.fold.untied_flags import TIED
 from normsurgery.inputs import Inputs, as_inputs, infer, parse
 from normsurgery.plan import Plan, versions
 from normsurgery.report import Report
