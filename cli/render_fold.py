@@ -25,7 +25,7 @@ NAMES = 4  # as many weights as are named where a norm goes into more
 AFFINE = "affine"
 NUMBER = re.compile(r"\d+")
 QUOTES = "'\""
-PARAMETER = re.compile(rf"\b(\w+)=(True|[{QUOTES}]\w+[{QUOTES}])")
+PARAMETER = re.compile(rf"\b(untie|rmsnorm|prune|eval|pad)=(True|[{QUOTES}]\w+[{QUOTES}])")
 
 
 def plan(made: Plan, as_json: bool) -> None:

@@ -35,7 +35,8 @@ class Step:
     options: complete: what the conversion would choose itself is filled in.
     fidelity: what the step promises.
     child: for a call or a formula, the name under which its owner will hold the new norm.
-    rule: of a fold, the rule that found where the norm goes.
+    rule: of a fold, the rule that found where the norm goes. changes: the modules that give other
+        numbers afterwards, which the edits make up for in what reads these.
     """
 
     site: Site
@@ -47,6 +48,7 @@ class Step:
     child: str = ""
     rule: str = ""
     edits: tuple[Edit, ...] = ()
+    changes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -59,6 +61,7 @@ class Step:
             "child": self.child,
             "rule": self.rule,
             "edits": [edit_to_json(edit) for edit in self.edits],
+            "changes": list(self.changes),
         }
 
     @classmethod
@@ -73,6 +76,7 @@ class Step:
             child=data["child"],
             rule=data.get("rule", ""),
             edits=tuple(edit_from_json(item) for item in data.get("edits", ())),
+            changes=tuple(data.get("changes", ())),
         )
 
     def __str__(self) -> str:

@@ -87,7 +87,9 @@ def _take(
         return
     # Other folds may still write to what is centred: it comes last.
     index, last = steps[-1]
-    edits, notes = (*last.edits, *agreed.edits), (*last.notes, *agreed.notes)
+    given = len(ground.givers(stream.values.keys()))
+    told = f"what {given} modules give to the stream has mean zero afterwards"
+    edits, notes = (*last.edits, *agreed.edits), (*last.notes, *agreed.notes, told)
     work.made[index] = replace(last, edits=edits, notes=notes)
 
 
@@ -107,4 +109,5 @@ def _as_rmsnorm(ground: Ground, site: Site, made: Step | None) -> Step | None:
         notes=() if made is None else made.notes,
         rule="residual stream",
         edits=() if made is None else made.edits,
+        changes=() if made is None else made.changes,
     )

@@ -12,6 +12,7 @@ from normsurgery.find import Located
 from normsurgery.fold.checks import Check, NoMatch
 from normsurgery.fold.edits import Edit, Vector
 from normsurgery.graph.flow import Flow, Node, Operand, is_plain
+from normsurgery.graph.recording import refs_in
 from normsurgery.survey import Site
 
 
@@ -24,9 +25,9 @@ class Refused(Exception):
 
     def in_call(self, name: str) -> Refused:
         """The same, of another call than the example."""
-        match = self.match
-        where = f"{match.where} in the call with {name}" if match.where else f"with {name}"
-        return Refused(match.check, where, match.hint)
+        found = Refused(self.match.check, self.match.where, self.match.hint)
+        found.match = replace(self.match, call=name)
+        return found
 
 
 @dataclass(frozen=True)
@@ -215,6 +216,13 @@ class Ground:
     def _is_wanted(self, value: int) -> bool:
         flow = self.flow
         return bool(flow.readers(value)) or value in flow.returned or value in flow.kept
+
+    def givers(self, values: Collection[int]) -> tuple[str, ...]:
+        """The modules whose output one of the values is."""
+        calls = self.located.recording.module_calls
+        given = [call for call in calls if not set(values).isdisjoint(refs_in(call.output))]
+        paths = (self.located.recording.path(call.module) for call in given)
+        return tuple(dict.fromkeys(path for path in paths if path))
 
     def changed_outputs(self) -> tuple[str, ...]:
         """The outputs that do not count and that hold other numbers by now."""

@@ -46,6 +46,7 @@ def step_of(
         notes=(*proposal.agreed.notes, *proposal.notes, *_still(left)),
         rule=proposal.rule,
         edits=edits,
+        changes=ground.givers(proposal.changed),
     )
     return _readable(ground, model, step, around)
 
@@ -110,10 +111,12 @@ _HOPELESS = (Check.NO_NEIGHBOUR, Check.UNKNOWN, Check.NON_LINEAR, Check.ADDED, C
 
 def foremost(failed: Sequence[NoMatch]) -> NoMatch:
     """The failed check that stands closest to a fold; the first among equals."""
-    return min(failed, key=lambda match: _rank(match.check))
+    return min(failed, key=_rank)
 
 
-def _rank(check: Check) -> int:
-    if check is Check.NO_NEIGHBOUR:
-        return 2
-    return 1 if check in _HOPELESS else 0
+def _rank(match: NoMatch) -> int:
+    if match.call:  # the example allowed it
+        return 0
+    if match.check is Check.NO_NEIGHBOUR:
+        return 3
+    return 2 if match.check in _HOPELESS else 1

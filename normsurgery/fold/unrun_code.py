@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from types import CodeType, FunctionType
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from normsurgery.fold.checks import Check
 from normsurgery.fold.ground import Ground, Landing, Refused, Run
@@ -69,6 +69,8 @@ class UnrunCode:
         model = self.example.model
         found: dict[tuple[int, str | None], Mention] = {}
         for path, owner in model.named_modules():
+            if isinstance(owner, fx.GraphModule):  # all of a graph runs, node by node
+                continue
             for function in _reached(owner, self._ran):
                 ran = self._ran.get(function.__code__, set())
                 without = _lines_that_raise(owner, function)

@@ -112,7 +112,7 @@ def fold_checkpoint(
             _write(outputs, evaluation, place, progress)
             write_others(layout, outputs, evaluation, place)
             if verify:
-                evidence = _proven(layout, place, evaluation, outputs, given, seed, progress)
+                evidence = _proven(layout, place, evaluation, outputs, given, plan, seed, progress)
         left_out = evaluation.left_out(drop)
         notes = tuple(_notes(layout, evaluation, left_out))
         report = Report("fold", plan, KeyMap(plan, dropped=left_out), evidence, versions(), notes)
@@ -293,6 +293,7 @@ def _proven(
     evaluation: Evaluation,
     outputs: tuple[OutputShard, ...],
     inputs: Inputs,
+    plan: Plan,
     seed: int,
     progress: Progress,
 ) -> Evidence:
@@ -306,6 +307,7 @@ def _proven(
             [output for shard in outputs for output in shard.outputs],
             written.entries,
             inputs,
+            changes=[path for step in plan.steps for path in step.changes],
             seed=seed,
             described=" ".join(inputs.spelling),
             progress=lambda done, total: progress("verify", done, total),
