@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import keystr, tree_flatten_with_path
+from torch.utils._pytree import tree_flatten_with_path
 
 from normsurgery.graph.recording import FrameRecord, FunctionCall, Op, Recording, Ref, refs_in
 from normsurgery.inputs import flatten_outputs
@@ -307,11 +307,17 @@ def outputs_of(recording: Recording) -> dict[str, int]:
         return {}
     output = root[-1].output
     leaves = tree_flatten_with_path(output)[0]
-    found = {keystr(path): leaf.value for path, leaf in leaves if isinstance(leaf, Ref)}
+    found = {_dotted(path): leaf.value for path, leaf in leaves if isinstance(leaf, Ref)}
     # What pytree does not know (a plain dataclass) holds the tensors themselves.
     known = {id(value.tensor): number for number, value in enumerate(recording.values)}
     opaque = flatten_outputs(output)
     return {**found, **{n: known[id(t)] for n, t in opaque.items() if id(t) in known}}
+
+
+def _dotted(path: Sequence[Any]) -> str:
+    """As `hidden_states.3`; `output` for a bare tensor."""
+    names = (getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))) for key in path)
+    return ".".join(map(str, names)) or "output"
 
 
 def _counted(outputs: Mapping[str, int], names: Sequence[str] | None) -> list[int]:
