@@ -207,6 +207,8 @@ def _carried_out(
 
 def _apply(original: nn.Module, working: nn.Module, plan: Plan, inputs: Inputs) -> Applied:
     owners = dict.fromkeys(step.site.path for step in plan.steps if step.site.form != "module")
+    merges = (step for step in plan.steps if step.rule == MERGED and step.edits)
+    owners |= dict.fromkeys(step.site.settings["owner"] for step in merges)
     calls = recorded_calls(original, list(owners), inputs) if owners else {}
     return apply(working, plan, calls)
 

@@ -13,7 +13,6 @@ from normsurgery.fold.checks import BY_BATCH, NoMatch
 from normsurgery.fold.confirming import confirmed
 from normsurgery.fold.deciding import Decider, Decision
 from normsurgery.fold.ground import Choices
-from normsurgery.fold.merged_layers import with_biases
 from normsurgery.fold.other_batch import with_other_batch
 from normsurgery.fold.parametrizations import apply_baked, baked_steps
 from normsurgery.fold.unlisted import is_unlisted, with_unlisted
@@ -108,16 +107,16 @@ def _decided(
         decided = Decider(model, choices, refused).decide(located, chosen)
         other = with_other_batch(inputs)
         if other is None or not any(isinstance(made, Step) for made in decided):
-            return with_biases(decided), []
+            return decided, []
         again = again or _located_again(model, other, choices)
         if again is None:  # it runs on this batch only
-            return with_biases(decided), []
+            return decided, []
         held = confirmed(decided, located, again, choices)
         if _centred(held) < _centred(decided):
             return held, decided
         lost = _labels(decided) - _labels(held)
         if not lost:
-            return with_biases(decided), []
+            return decided, []
         refused |= dict.fromkeys(lost, BY_BATCH)
 
 
