@@ -270,18 +270,11 @@ TWO_NAMES: dict[str, tuple[Callable[[], nn.Module], str]] = {
 LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     **TWO_NAMES,
     "a condition inside": (ConditionInside, f"{HIDDEN}: ByBatch.forward line "),
-    "a dtype": (ReadsDtype, f"{READS}conv.weight.dtype in ReadsDtype.forward"),
     "a dtype of the norm": (
         ReadsDtypeOfNorm,
         f"{READS}ident.weight.dtype in ReadsDtypeOfNorm.forward",
     ),
-    "a method": (ReadsInMethod, f"{READS}conv.weight.dtype in ReadsInMethod.cast"),
-    "a property": (
-        ReadsProperty,
-        f"{NOT_REWRITABLE}: block reads self.conv.weight.dtype in WithDtype.dtype",
-    ),
     "a count": (CountsParameters, f"{READS}parameters in CountsParameters.forward"),
-    "a class": (AsksForClass, f"{READS}conv in AsksForClass.forward"),
     "the norm's weight": (ComputesWithNorm, f"{TIED}: block.ident.weight is read by mul as well"),
     "another arm": (CallsInAnotherArm, f"{HIDDEN}: CallsInAnotherArm.forward line "),
     "the norm in another arm": (CallsNormInAnotherArm, f"{HIDDEN}: CallsNormInAnotherArm.forward"),
@@ -298,6 +291,11 @@ TOGETHER: dict[str, Callable[[], nn.Module]] = {
     "a norm in front of two": NormInFrontOfTwo,
     "read outside the sum": NormInFrontOfMore,
     "the first parameter": TakesFirstParameter,
+    # The convolution that the sum goes into is still there.
+    "a dtype": ReadsDtype,
+    "a method": ReadsInMethod,
+    "a property": ReadsProperty,
+    "a class": AsksForClass,
 }
 EVERY: dict[str, Callable[[], nn.Module]] = {
     **{name: make for name, (make, _) in LEFT.items()},

@@ -31,7 +31,7 @@ from normsurgery.plan import MERGED, Step
 from normsurgery.precision import float64_copy, lifted
 from normsurgery.spec import Fidelity
 from normsurgery.surgery.owner import OwnerCall
-from normsurgery.surgery.source import module_at, tensor_at
+from normsurgery.surgery.source import module_at
 from normsurgery.surgery.tree import replace_everywhere
 from normsurgery.survey import Site
 
@@ -149,7 +149,7 @@ def apply_merges(
 
     calls: of each owner, by its path, to prove on that its forward takes the branches that add
         nothing: in float64 it gives what it gave before, to 1e-9. None: it was proven before.
-    values: what the edits make of the tensors that stay, by name. None: they are to be loaded.
+    values: the tensors that follow from the merges, by name. None: they are to be loaded.
 
     Returns, by the label of a step, why its branches cannot be merged; these are as they were.
     Raises UsageError where the model is not the one that was planned for.
@@ -163,9 +163,8 @@ def apply_merges(
             refused |= dict.fromkeys((step.site.label, *_branches(step)), error.reason)
             continue
         _put_neutral(model, step.site.settings["places"])
-        if values is not None:
-            for name in _kept(step):
-                _bind(model, name, values[name])
+    for name, value in (values or {}).items():
+        _bind(model, name, value)
     return refused
 
 
@@ -237,5 +236,5 @@ def _double(leaf: Any) -> Any:
 
 def _bind(model: nn.Module, name: str, value: Tensor) -> None:
     path, _, attribute = name.rpartition(".")
-    there = module_at(model, path)._parameters.get(attribute) is not None
-    bind(model, name, value, tensor_at(model, name) if there else None)
+    old = getattr(module_at(model, path), attribute, None)
+    bind(model, name, value, old if isinstance(old, Tensor) else None)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from normsurgery.fold.editing import edited, kept_like, made_by, needed_by
-from normsurgery.fold.edits import Create, Drop
+from normsurgery.fold.edits import Create, Drop, Edit, reads
 from normsurgery.plan import MERGED, Step
 from normsurgery.surgery.owner.biases import give_biases
 from normsurgery.surgery.source import module_at, tensor_at
@@ -28,32 +28,30 @@ def edit_weights(model: nn.Module, steps: Sequence[Step]) -> dict[str, Tensor]:
         make_room(model, steps)
         return {}
     results = edited(steps, before)
-    merged = _changed_by_merges(steps)
     # The branches get what the norms make of them: the merge is proven on them.
-    apart = _before_merges(steps) if merged else steps
+    apart, late = _before_merges(steps)
     made = made_by(apart)
-    for name, result in (edited(apart, before) if merged else results).items():
+    for name, result in (edited(apart, before) if late else results).items():
         bind(model, name, result, None if name in made else before[name])
     _give_to_graphs(model, apart)
-    return {name: results[name] for name in merged}
+    return {name: results[name] for name in late if name in results}
 
 
-def _changed_by_merges(steps: Sequence[Step]) -> set[str]:
-    edits = [edit for step in steps if step.rule == MERGED for edit in step.edits]
-    return {edit.target for edit in edits if not isinstance(edit, Drop)}
-
-
-def _before_merges(steps: Sequence[Step]) -> list[Step]:
-    """The steps without merges, and without later edits of the tensors that these change."""
-    merged: set[str] = set()
+def _before_merges(steps: Sequence[Step]) -> tuple[Sequence[Step], set[str]]:
+    """The steps without merges and without what follows from these, and the tensors that do."""
+    late: set[str] = set()
     apart: list[Step] = []
     for step in steps:
-        if step.rule == MERGED:
-            merged |= _changed_by_merges([step])
-            continue
-        edits = tuple(edit for edit in step.edits if edit.target not in merged)
-        apart.append(replace(step, edits=edits))
-    return apart
+        kept: list[Edit] = []
+        for edit in step.edits:
+            if step.rule == MERGED and isinstance(edit, Drop):
+                continue
+            if step.rule == MERGED or not late.isdisjoint((edit.target, *reads(edit))):
+                late.add(edit.target)
+            else:
+                kept.append(edit)
+        apart.append(replace(step, edits=tuple(kept)))
+    return apart, late
 
 
 def make_room(model: nn.Module, steps: Sequence[Step]) -> None:
@@ -62,7 +60,7 @@ def make_room(model: nn.Module, steps: Sequence[Step]) -> None:
         like = tensor_at(model, kept_like(name, made_by(steps)))
         shape = edit.shape if isinstance(edit, Create) else like.shape
         bind(model, name, torch.zeros(shape, dtype=like.dtype, device=like.device), None)
-    _give_to_graphs(model, [step for step in steps if step.rule != MERGED])
+    _give_to_graphs(model, steps)
 
 
 def _give_to_graphs(model: nn.Module, steps: Sequence[Step]) -> None:
