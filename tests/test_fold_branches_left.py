@@ -272,7 +272,7 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a condition inside": (ConditionInside, f"{HIDDEN}: ByBatch.forward line "),
     "a dtype of the norm": (
         ReadsDtypeOfNorm,
-        f"{READS}ident.weight.dtype in ReadsDtypeOfNorm.forward",
+        f"{NOT_REWRITABLE}: block.ident: the model itself reads self.block.ident.weight.dtype",
     ),
     "a count": (CountsParameters, f"{READS}parameters in CountsParameters.forward"),
     "the norm's weight": (ComputesWithNorm, f"{TIED}: block.ident.weight is read by mul as well"),
@@ -282,7 +282,7 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a list": (HeldInList, f"{NOT_REWRITABLE}: it is also held by held, outside the module tree"),
     "a tuple": (
         HeldElsewhere,
-        f"{NOT_REWRITABLE}: o.conv is no part of block, which runs it",
+        f"{NOT_REWRITABLE}: it is also held by block.references, outside the module tree",
     ),
 }
 TOGETHER: dict[str, Callable[[], nn.Module]] = {

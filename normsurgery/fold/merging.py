@@ -163,7 +163,7 @@ def apply_merges(
             refused |= dict.fromkeys((step.site.label, *_branches(step)), error.reason)
             continue
         _put_neutral(model, step.site.settings["places"])
-    for name, value in (values or {}).items():
+    for name, value in (values or {}).items() if not refused else ():
         _bind(model, name, value)
     return refused
 

@@ -52,8 +52,10 @@ class Branch:
 
     @property
     def essential(self) -> tuple[Node, ...]:
-        """Without the views and the norms around its layer."""
-        return (self.layer.node,) if self.layer is not None else self.nodes
+        """Without the views and the norms around it."""
+        if self.layer is not None:
+            return (self.layer.node,)
+        return self.nodes if self.run is None else self.run.nodes
 
 
 @dataclass(frozen=True)
