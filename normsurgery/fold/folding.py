@@ -18,7 +18,7 @@ from normsurgery.fold.pruning import prune_identities
 from normsurgery.fold.speed import measure_speed
 from normsurgery.fold.untied_flags import correct_ties
 from normsurgery.inputs import as_inputs, infer
-from normsurgery.plan import Plan, versions
+from normsurgery.plan import MERGED, Plan, versions
 from normsurgery.randomstate import random_state_kept
 from normsurgery.report import Report
 from normsurgery.surgery.application import Applied, apply
@@ -166,6 +166,8 @@ def _in_eval(model: nn.Module) -> nn.Module:
 
 def _apply(original: nn.Module, working: nn.Module, plan: Plan, inputs: Inputs) -> Applied:
     owners = dict.fromkeys(step.site.path for step in plan.steps if step.site.form != "module")
+    merges = (step for step in plan.steps if step.rule == MERGED and step.edits)
+    owners |= dict.fromkeys(step.site.settings["owner"] for step in merges)
     calls = recorded_calls(original, list(owners), inputs) if owners else {}
     applied = apply(working, plan, calls)
     correct_ties(applied.model, plan)

@@ -1,8 +1,8 @@
-"""Folds into a layer that parallel branches have become: its weights are made by its Step first."""
+"""Folds into a layer that parallel branches have become: its Step comes first."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import Tensor
@@ -18,21 +18,20 @@ from normsurgery.plan import MERGED, Step
 
 def merged_layer(found: BranchSum, step: Step) -> MergedLayer:
     """What the sum becomes by its step."""
-    first = found.branches[0].layer
-    assert first is not None
-    weight = next(edit.target for edit in step.edits if isinstance(edit, Create))
+    kept = found.kept
+    bias = kept.bias.name if kept.bias is not None else f"{found.label}.bias"
     nodes = {node.index: node for branch in found.branches for node in branch.nodes}
     return MergedLayer(
         source=found.branches[0].source,
         output=found.output,
         nodes=tuple(nodes[index] for index in sorted(nodes)),
-        weight=weight,
-        bias=f"{weight.removesuffix('weight')}bias",
-        has_bias=bool(step.options["bias"]),
-        shape=tuple(step.options["shape"]),
-        channel_axis=first.channel_axis,
-        groups=int(step.options["groups"]),
-        padding=tuple(step.options["padding"]),
+        weight=kept.weight.name,
+        bias=bias,
+        has_bias=kept.bias is not None or any(edit.target == bias for edit in step.edits),
+        shape=tuple(kept.weight.tensor.shape),
+        channel_axis=kept.channel_axis,
+        groups=found.geometry.groups,
+        padding=found.geometry.padding,
     )
 
 
@@ -96,64 +95,22 @@ def _has_bias(ground: Ground, merged: MergedLayer) -> bool:
     return merged.has_bias or merged.bias in ground.created
 
 
-def with_biases(decided: Sequence[Step]) -> list[Step]:
-    """The merges, each with the bias that a later step wants of its layer; that step then makes
-    none. A layer is made with all its tensors at once."""
-    wanted = {
-        edit.target: edit
-        for made in decided
-        if made.rule != MERGED
-        for edit in made.edits
-        if isinstance(edit, Create)
-    }
-    given: list[Create] = []
-    found: list[Step] = []
-    for made in decided:
-        bias = wanted.get(_bias_of_merge(made))
-        if bias is not None:
-            given.append(bias)
-            made = replace(made, options={**made.options, "bias": True})
-            made = replace(made, edits=(*made.edits, bias))
-        found.append(made)
-    return [_without(made, given) for made in found]
-
-
-def _bias_of_merge(made: Step) -> str:
-    """What the bias of the merged layer is called; "" where the step makes none."""
-    path = _path_of_merge(made)
-    return f"{path}.bias" if path else ""
-
-
-def _path_of_merge(made: Step) -> str:
-    """Of the merged layer; "" where the step makes none."""
-    if made.rule != MERGED or not made.edits:
-        return ""
-    weight = next(edit.target for edit in made.edits if isinstance(edit, Create))
-    return weight.removesuffix(".weight")
-
-
-def _without(made: Step, given: Collection[Create]) -> Step:
-    if made.rule == MERGED:
-        return made
-    return replace(made, edits=tuple(edit for edit in made.edits if edit not in given))
-
-
 def with_unpadded(decided: Mapping[int, Step]) -> dict[int, Step]:
-    """The decisions; where a norm takes the padding of branches, it takes that of their merge.
+    """The decisions; where a norm takes the padding of branches, it takes that of those which stay.
 
-    A norm that was decided before the merge knows only the branches, which will be gone.
+    A norm that was decided before the merge knows them all.
     """
-    layers = {
-        path: layer
+    gone = {
+        path
         for made in decided.values()
-        if (layer := _path_of_merge(made))
-        for path in made.site.settings["branches"]
+        if made.rule == MERGED and made.edits
+        for path in made.site.settings["branches"][1:]
     }
-    return {index: _from_layers(made, layers) for index, made in decided.items()}
+    return {index: _padded_by_others(made, gone) for index, made in decided.items()}
 
 
-def _from_layers(made: Step, layers: Mapping[str, str]) -> Step:
-    if layers.keys().isdisjoint(made.options.get("unpadded", ())):
+def _padded_by_others(made: Step, gone: set[str]) -> Step:
+    if gone.isdisjoint(made.options.get("unpadded", ())):
         return made
-    paths = dict.fromkeys(layers.get(path, path) for path in made.options["unpadded"])
-    return replace(made, options={**made.options, "unpadded": list(paths)})
+    paths = [path for path in made.options["unpadded"] if path not in gone]
+    return replace(made, options={**made.options, "unpadded": paths})

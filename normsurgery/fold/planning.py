@@ -12,7 +12,6 @@ from normsurgery.fold.centring import centre
 from normsurgery.fold.checks import NoMatch
 from normsurgery.fold.ground import Choices, Ground
 from normsurgery.fold.measuring import Measured, located_in, measured
-from normsurgery.fold.merged_layers import with_biases
 from normsurgery.fold.parametrizations import apply_baked, baked_steps
 from normsurgery.fold.steps import skip
 from normsurgery.fold.unlisted import is_unlisted
@@ -107,7 +106,7 @@ class Planner:
         skips = [*self.left, *self._skips(work)]
         done = {step.site.label for step in work.made.values()}
         skips += [skip for skip in self.survey.skips if skip.path not in done]
-        steps = with_biases(list(work.made.values()))
+        steps = list(work.made.values())
         plan = Plan(
             type(self.model).__name__,
             with_children(self.ready, [*self.baked, *steps]),

@@ -8,7 +8,7 @@ attribute or another norm beside it that never ran, is said.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from types import CodeType, FunctionType
@@ -46,10 +46,10 @@ class UnrunCode:
         self.example = grounds[0]
         self.recordings = [ground.located.recording for ground in grounds]
 
-    def require_unnamed(self, landings: Sequence[Landing]) -> None:
-        """No line that no call ran names what the landings edit. Raises Refused."""
-        for operand in (operand for landing in landings for operand in landing.tensors):
-            path, _, last = operand.name.rpartition(".")
+    def require_unnamed(self, names: Iterable[str]) -> None:
+        """No line that no call ran names one of these tensors, or its module. Raises Refused."""
+        for name in names:
+            path, _, last = name.rpartition(".")
             module = self.example.model.get_submodule(path)
             for key in ((id(module), last), (id(module), None)):
                 if key in self._mentions:

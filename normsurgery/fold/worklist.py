@@ -155,7 +155,8 @@ class Worklist:
         if found:
             _require_same(ground, proposal, found[0].proposal)
         else:
-            self.unrun.require_unnamed(proposal.landings)
+            tensors = (operand for landing in proposal.landings for operand in landing.tensors)
+            self.unrun.require_unnamed(operand.name for operand in tensors)
             notes = self.unrun.chosen_by(runs, proposal.landings)
             proposal = replace(proposal, notes=(*proposal.notes, *notes))
         return Taken(ground, proposal, runs)
@@ -215,8 +216,12 @@ class Worklist:
         return True
 
     def _in_other_calls(self, found: BranchSum) -> list[tuple[Ground, BranchSum]] | None:
-        """The same sum in every call; None where one adds up something else."""
+        """The same sum in every call; None where one adds up something else, or may."""
         same = [(self.example, found)]
+        try:
+            self.unrun.require_unnamed(_tensors(found))
+        except Refused:
+            return None
         for ground in self.others:
             sums = [s for s in branch_sums(ground)[0] if _is_same_sum(s, found)]
             if sums:
