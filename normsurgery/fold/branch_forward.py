@@ -18,9 +18,10 @@ from normsurgery.errors import CannotRewrite
 from normsurgery.graph.positions import node_at
 from normsurgery.surgery.attribute_chains import Definition, self_name_of
 from normsurgery.surgery.owner.edit import Target, edit
+from normsurgery.surgery.owner.functions import rewrapped
 from normsurgery.surgery.owner.install import original_class
 from normsurgery.surgery.owner.rewriting import Placement, Rewriting, check_distinct
-from normsurgery.surgery.owner.source import _compiled, _rewrapped, _syntax, located
+from normsurgery.surgery.owner.source import _compiled, _syntax, located
 from normsurgery.surgery.owner.still_read import still_read
 
 PURE_CALLS = frozenset({"bool", "enumerate", "getattr", "hasattr", "int", "isinstance", "len"})
@@ -67,7 +68,7 @@ def merged_forward(
             "outside the sum"
         )
     function = _compiled(definition, inner)
-    return Rewriting(forward=_rewrapped(outer, inner, function, {}))
+    return Rewriting(forward=rewrapped(outer, inner, function, {}))
 
 
 @dataclass(frozen=True)
