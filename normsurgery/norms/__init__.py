@@ -44,7 +44,6 @@ TABLE: dict[str, Row] = {
 
 SHORT_FORMS = {
     "bn": "batchnorm",
-    "syncbatchnorm": "batchnorm",
     "ln": "layernorm",
     "ln2d": "layernorm2d",
     "gn": "groupnorm",

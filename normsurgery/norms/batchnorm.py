@@ -52,6 +52,7 @@ from normsurgery.errors import CannotConvert, WrongShape
 from normsurgery.norms.carry import (
     along,
     channels,
+    dimensions_of,
     eps_of,
     present,
     refusal,
@@ -225,8 +226,9 @@ def _dimensions(source: Source, dimensions: int | None) -> int:
     axis, _ = channels(source, "batchnorm")
     if axis != 1:
         return 0
-    if dimensions is None and source.shape is not None:
-        dimensions = max(1, len(source.shape) - 2)
+    known = dimensions_of(source)
+    if dimensions is None and known is not None:
+        dimensions = max(1, known)
     if dimensions not in BY_RANK:
         raise refusal(
             source,
@@ -292,9 +294,10 @@ def from_instancenorm(
     return _with_statistics(settled(module, source, init), source)
 
 
-def from_batchnorm(source: Source, *, init: str = "copy") -> nn.Module:
-    """The same function as a module: for a call or a formula in a forward."""
-    if source.settings.get("frozen", False) and source.channel_axis == 1:
+def from_batchnorm(source: Source, *, init: str = "copy", frozen: bool | None = None) -> nn.Module:
+    """The same function as a module; with `frozen=False` a frozen one is trained from here on."""
+    kept = source.settings.get("frozen", False) if frozen is None else frozen
+    if kept and source.channel_axis == 1:
         return _frozen(source, init)
     weight, bias = wanted_affine(source, None)
     module = _fresh(
@@ -330,6 +333,18 @@ def _with_statistics(module: nn.Module, source: Source) -> nn.Module:
 def _resolve(source: Source, options: Mapping[str, Any]) -> Mapping[str, Any]:
     rank = _dimensions(source, options.get("dimensions"))
     return {**options, "dimensions": rank} if rank else dict(options)
+
+
+def _resolve_own(source: Source, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A frozen module that is to become a batch norm is to be one that trains."""
+    thaws = source.module is not None and source.settings.get("frozen", False)
+    return {"frozen": False, **options} if thaws else dict(options)
+
+
+def _own_fidelity(source: Source, options: Mapping[str, Any]) -> Fidelity:
+    frozen = source.settings.get("frozen", False)
+    same = options.get("frozen") in (None, frozen)
+    return Fidelity.IDENTICAL if same else Fidelity.EVAL
 
 
 def _keeps_eval(source: Source, options: Mapping[str, Any]) -> Fidelity:
@@ -371,7 +386,7 @@ NORM = NormSpec(
     examples=examples,
     conversions={
         "*": Conversion(from_any, Fidelity.RETRAIN, _resolve),
-        "batchnorm": Conversion(from_batchnorm, Fidelity.IDENTICAL),
+        "batchnorm": Conversion(from_batchnorm, _own_fidelity, _resolve_own),
         "instancenorm": Conversion(from_instancenorm, _keeps_eval, _resolve),
         "affine": Conversion(from_affine, Fidelity.EVAL, _resolve),
         "identity": Conversion(from_affine, Fidelity.EVAL, _resolve),

@@ -95,6 +95,21 @@ def space(source: Source) -> int:
     return math.prod(source.shape[2:])
 
 
+# Of space, by torch's classes: what a model that is not run says of its inputs.
+_BY_CLASS: tuple[tuple[tuple[type[nn.Module], ...], int], ...] = (
+    ((nn.BatchNorm1d, nn.InstanceNorm1d), 1),
+    ((nn.BatchNorm2d, nn.InstanceNorm2d), 2),
+    ((nn.BatchNorm3d, nn.InstanceNorm3d), 3),
+)
+
+
+def dimensions_of(source: Source) -> int | None:
+    """Dimensions of space: of the recorded input, else of the class; None where neither tells."""
+    if source.shape is not None:
+        return len(source.shape) - 2
+    return next((n for classes, n in _BY_CLASS if isinstance(source.module, classes)), None)
+
+
 def require_elements(source: Source, to: str, elements: int, cure: str) -> None:
     """Refuse a norm with so few elements per statistic that it is constant or has no gradient."""
     if elements >= SMALLEST_GROUP:

@@ -51,6 +51,7 @@ from normsurgery.norms.batchnorm import STATISTICS, scale_and_shift
 from normsurgery.norms.carry import (
     along,
     channels,
+    dimensions_of,
     eps_of,
     present,
     refusal,
@@ -143,9 +144,9 @@ def _dimensions(source: Source, dimensions: int | None) -> int:
             "channels come last here, so statistics over space would mix positions",
             "Use layernorm or groupnorm, which stay within each position.",
         )
-    if dimensions is None and source.shape is not None:
-        dimensions = len(source.shape) - 2
-    if dimensions is None or dimensions > max(BY_RANK):
+    if dimensions is None:
+        dimensions = dimensions_of(source)
+    if dimensions not in BY_RANK:
         raise refusal(
             source,
             "instancenorm",

@@ -282,7 +282,9 @@ def from_rmsnorm(
     sizes = list(settings.get("normalized_shape", [source.features]))
     weighted = "weight" in source.tensors
     outside = settings.get("eps_outside", False)
-    plain = source.channel_axis == -1 and offset == 0.0 and order == NATIVE_CAST and not outside
+    # Orders of casts are one function where there is nothing to cast.
+    native = order == NATIVE_CAST or (cast is None and source.dtype not in (None, *HALF))
+    plain = source.channel_axis == -1 and offset == 0.0 and native and not outside
     module: nn.Module
     if plain or (len(sizes) > 1 and not outside):
         module = nn.RMSNorm(sizes, eps=source.eps, elementwise_affine=weighted)

@@ -89,7 +89,7 @@ def _decide(
     if site.attach != target.attach:
         return _skip(site, _ATTACH_REASONS[site.attach, target.attach])
     same = _is_same(site, target, rule, init)
-    copies = same and site.form == "module"
+    copies = same and _has_own_class(model, site, target)
     reason = obstacle(model, site, copies=copies, around=around)
     if reason is not None:
         return _skip(site, reason)
@@ -139,6 +139,22 @@ def with_children(model: nn.Module, steps: Sequence[Step]) -> tuple[Step, ...]:
 def _is_same(site: Site, target: NormSpec, rule: Rule, init: Init) -> bool:
     same = site.kind == target.name and site.attach == "norm"
     return same and not rule.options and init == "copy"
+
+
+def _has_own_class(model: nn.Module, site: Site, target: NormSpec) -> bool:
+    """Whether a module is of the very class that its kind is made as: another one (a fused or
+    hand-written norm, a subclass) is replaced like a norm of any other kind."""
+    from normsurgery.surgery.source import module_at, source_of
+
+    conversion = target.conversion(site.kind)
+    if site.form != "module" or conversion is None:
+        return site.form == "module"
+    module = module_at(model, site.path)
+    try:
+        _, new = _resolve(conversion, source_of(model, site), {}, "copy", target)
+    except CannotConvert:
+        return type(module) in target.classes
+    return type(module) is type(new)
 
 
 def _resolve(

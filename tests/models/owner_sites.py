@@ -135,7 +135,11 @@ def swap_to_itself(owner: nn.Module, sites: list[Site], calls: list[OwnerCall]) 
         Placement(found, f"norm_{i}", converted(swapped, found)) for i, found in enumerate(sites)
     ]
     rewrite_owner(swapped, placements, calls)
-    assert isinstance(swapped, type(owner))
+    # What is a norm by its class is none any more: torch's tools would look for its statistics.
+    is_norm = isinstance(owner, nn.modules.batchnorm._NormBase)
+    assert (
+        isinstance(swapped, nn.modules.batchnorm._NormBase if is_norm else type(owner)) != is_norm
+    )
     assert type(swapped).__name__ == type(owner).__name__
     for training in (False, True):
         for call in calls:
