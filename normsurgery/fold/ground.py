@@ -109,7 +109,8 @@ class MergedLayer:
     """Parallel branches that are one layer from now on: everything that makes `output` of `source`.
 
     weight, bias: the names of its tensors; the bias may have to be created. shape: of the weight.
-    channel_axis: that of input and output. padding: with zeros, by spatial dimension.
+    channel_axis: that of input and output. padding: with zeros, by spatial dimension. centre: where
+    in the weight the kernel of an identity lies; None where it has no place there.
     """
 
     source: int
@@ -122,6 +123,7 @@ class MergedLayer:
     channel_axis: int
     groups: int
     padding: tuple[int, ...]
+    centre: tuple[int, ...] | None = None
 
     @property
     def pads(self) -> bool:

@@ -9,10 +9,12 @@ from torch import Tensor
 
 from normsurgery.fold.channels import vector
 from normsurgery.fold.checks import Check
-from normsurgery.fold.edits import AddProduct, Centre, Create, Edit, Scale, Shift
+from normsurgery.fold.edits import AddIdentity, AddProduct, Centre, Create, Edit, Scale, Shift
 from normsurgery.fold.ground import Affine, Ground, Landing, MergedLayer, Refused
+from normsurgery.fold.kernels import Geometry, Sizes
 from normsurgery.fold.landings import affine_at
 from normsurgery.fold.parallel_branches import BranchSum
+from normsurgery.graph.flow import Node
 from normsurgery.plan import MERGED, Step
 
 
@@ -32,7 +34,21 @@ def merged_layer(found: BranchSum, step: Step) -> MergedLayer:
         channel_axis=kept.channel_axis,
         groups=found.geometry.groups,
         padding=found.geometry.padding,
+        centre=_centre(found.geometry, tuple(kept.weight.tensor.shape)),
     )
+
+
+def _centre(geometry: Geometry, shape: Sizes) -> Sizes | None:
+    """Where the kernel of an identity lies, if it has a place."""
+    square = shape[0] == shape[1] * geometry.groups
+    if not square or any(stride != 1 for stride in geometry.stride):
+        return None
+    found = tuple(p // d for p, d in zip(geometry.padding, geometry.dilation, strict=True))
+    inside = all(at < size for at, size in zip(found, geometry.kernel, strict=True))
+    exact = all(
+        at * d == p for at, d, p in zip(found, geometry.dilation, geometry.padding, strict=True)
+    )
+    return found if inside and exact else None
 
 
 def on_merged_input(
@@ -65,6 +81,30 @@ def on_merged_output(
     if placed.shift is not None:
         edits += [*_created(ground, merged), Shift(merged.bias, placed.shift)]
     return Landing(merged.nodes, (), tuple(edits))
+
+
+def on_merged_residual(
+    ground: Ground, node: Node, channels: Tensor, affine: Affine
+) -> tuple[MergedLayer, Landing] | None:
+    """The layer gives scale * (y + x) + shift - x instead of y; `node` adds its input x to that.
+
+    None where the node adds up other values. Raises Refused.
+    """
+    for merged in ground.merged:
+        ends = {merged.source, merged.output}
+        if set(node.inputs) != ends or merged.centre is None:
+            continue
+        if len({ground.flow.shape(value) for value in (*ends, *node.outputs)}) > 1:
+            continue
+        ground.require_only(merged.output, (node,))
+        landing = on_merged_output(ground, merged, channels, affine)
+        placed = affine_at(ground, node, channels, merged.channel_axis, affine)
+        if placed.scale is None:
+            return merged, landing
+        scaled = AddIdentity(merged.weight, placed.scale, merged.centre, merged.groups)
+        once = AddIdentity(merged.weight, None, merged.centre, merged.groups, -1)
+        return merged, replace(landing, edits=(*landing.edits, scaled, once))
+    return None
 
 
 def on_merged_mean(ground: Ground, merged: MergedLayer, channels: Tensor) -> Landing:
