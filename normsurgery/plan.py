@@ -19,7 +19,7 @@ Init = Literal["copy", "reset"]
 INITS = ("copy", "reset")
 # Rules of a fold that rebuild a layer, and its weights with it.
 BAKED, INFERENCE_FORM = "baked weight", "inference form"
-# The rule of a fold that makes one layer of several, and rewrites the forward that added them up.
+# The rule of a fold that puts the branches of a sum into the layer of one of them.
 MERGED = "parallel branches"
 LAYER_RULES = frozenset({BAKED, INFERENCE_FORM})
 

@@ -328,7 +328,8 @@ def _branch_sum(
     """Raises Refused where its branches are no one layer together, or run by no module alone."""
     geometry, places = merged_geometry(ground, branches)
     at = dict(zip(map(id, branches), places, strict=True))
-    kept = next((branch for branch in branches if _has_room(branch, geometry)), None)
+    # The last one: zeros are added up before it, and hardly any to a tensor.
+    kept = next((branch for branch in reversed(branches) if _has_room(branch, geometry)), None)
     if kept is None:
         raise Refused(Check.AXIS, "none of its kernels has room for the others")
     node = ground.flow.maker(output)

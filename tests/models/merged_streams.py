@@ -121,7 +121,7 @@ class Asks(Convolutions):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.n(x)
-        return self.a(y) + self.b(y).contiguous()
+        return self.a(y).contiguous() + self.b(y)
 
 
 class Unread(nn.Module):
@@ -145,10 +145,11 @@ PADDED = ("identity", "into consumers, explicit padding")
 KEPT = ("layernorm", "into consumers")
 Case = tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, Any], Fates]
 
-_SCALED = {"mlp.s1": GONE, "mlp.s2": GONE, "mlp.p1": MERGE}
+_SCALED = {"mlp.s1": GONE, "mlp.s2": GONE, "mlp.p2": MERGE}
 _BESIDE = {"mlp.p1": MERGE, "mlp.s2": MERGE}
 _BOTH = {"n": TO_RMS, "nf": TO_RMS}
 _TWO = {"a.1": GONE, "b.1": GONE, "a.0": MERGE}
+_EQUAL = {"a.1": GONE, "b.1": GONE, "b.0": MERGE}  # the last that has room
 
 
 def inside(fates: Fates) -> Fates:
@@ -209,7 +210,7 @@ CASES: dict[str, Case] = {
         lambda: row(Convolutions(3, nn.BatchNorm2d(4))),
         IMAGE,
         PAD,
-        inside(_TWO | {"n": PADDED}),
+        inside(_EQUAL | {"n": PADDED}),
     ),
     "kernels of two sizes": (
         lambda: row(Convolutions(1, nn.BatchNorm2d(4))),
@@ -227,7 +228,7 @@ CASES: dict[str, Case] = {
         lambda: row(Convolutions(3, nn.GroupNorm(2, 4))),
         IMAGE,
         PAD,
-        inside(_TWO | {"n": ("groupnorm", PADDED[1])}),
+        inside(_EQUAL | {"n": ("groupnorm", PADDED[1])}),
     ),
     "branches that stay apart": (
         lambda: row(Asks(3, nn.BatchNorm2d(4))),
