@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,8 @@ from normsurgery.fold.edits import Create
 from normsurgery.plan import MERGED, Step
 from normsurgery.surgery.owner.biases import give_biases
 from normsurgery.surgery.source import module_at, tensor_at
+
+_Slot = tuple[dict[str, Any], str]  # a registry of a module and a name in it
 
 
 def edit_weights(model: nn.Module, steps: Sequence[Step]) -> dict[str, Tensor]:
@@ -32,8 +34,12 @@ def edit_weights(model: nn.Module, steps: Sequence[Step]) -> dict[str, Tensor]:
     # The branches get what the norms make of them: the merge is proven on them.
     apart = [_without(step, merged) for step in steps if step.rule != MERGED] if merged else steps
     made = made_by(apart)
+    slots = _slots(model)
     for name, result in (edited(apart, before) if merged else results).items():
-        _bind(model, name, result, None if name in made else before[name])
+        if name in made:
+            _create(model, name, result)
+        else:
+            _bind(before[name], result, slots.pop(id(before[name]), ()))
     _give_to_graphs(model, apart)
     return {name: results[name] for name in merged}
 
@@ -56,7 +62,7 @@ def make_room(model: nn.Module, steps: Sequence[Step]) -> None:
             continue
         like = tensor_at(model, kept_like(name, made_by(steps)))
         shape = edit.shape if isinstance(edit, Create) else like.shape
-        _bind(model, name, torch.zeros(shape, dtype=like.dtype, device=like.device), None)
+        _create(model, name, torch.zeros(shape, dtype=like.dtype, device=like.device))
     _give_to_graphs(model, [step for step in steps if step.rule != MERGED])
 
 
@@ -72,26 +78,31 @@ def _give_to_graphs(model: nn.Module, steps: Sequence[Step]) -> None:
         )
 
 
-def _bind(model: nn.Module, name: str, value: Tensor, old: Tensor | None) -> None:
-    """Put a tensor wherever the old one is bound; a new name gets a parameter of its own."""
-    if old is None:
-        path, _, attribute = name.rpartition(".")
-        module = module_at(model, path)
-        like = module._parameters.get("weight")
-        trained = like is None or like.requires_grad
-        module.register_parameter(attribute, nn.Parameter(value, requires_grad=trained))
-        return
+def _create(model: nn.Module, name: str, value: Tensor) -> None:
+    """Give the model a parameter of that name."""
+    path, _, attribute = name.rpartition(".")
+    module = module_at(model, path)
+    like = module._parameters.get("weight")
+    trained = like is None or like.requires_grad
+    module.register_parameter(attribute, nn.Parameter(value, requires_grad=trained))
+
+
+def _bind(old: Tensor, value: Tensor, slots: Sequence[_Slot]) -> None:
+    """Put a tensor wherever the old one is bound."""
     new: Tensor = value
     if isinstance(old, nn.Parameter):
         new = nn.Parameter(value, requires_grad=old.requires_grad)
         new.__dict__.update(vars(old))
-    for registry, attribute in _slots(model, old):
+    for registry, attribute in slots:
         registry[attribute] = new
 
 
-def _slots(model: nn.Module, tensor: Tensor) -> Iterator[tuple[dict[str, Any], str]]:
+def _slots(model: nn.Module) -> dict[int, list[_Slot]]:
+    """Where each tensor is bound, by the `id` of it."""
+    found: dict[int, list[_Slot]] = {}
     for module in model.modules():
-        for registry in (module._parameters, module._buffers):
+        registries: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for registry in registries:
             for name, held in registry.items():
-                if held is tensor:
-                    yield registry, name
+                found.setdefault(id(held), []).append((registry, name))
+    return found
