@@ -109,7 +109,7 @@ def worker(source: str, out: str) -> None:
     def tell(what: str, done: int, total: int) -> None:
         print(json.dumps([what, done, total, time.time()]), flush=True)
 
-    report = fold_checkpoint(source, out, choices=Choices(assume_inputs=True), progress=tell)
+    report = fold_checkpoint(source, out, choices=Choices(), progress=tell)
     print(json.dumps(["folded", len(report.plan.steps), len(report.plan.skips), time.time()]))
     assert report.evidence is not None and report.evidence.passed
 

@@ -240,7 +240,7 @@ def measured(
 
 def folded(name: str, model: nn.Module, inputs: Inputs, runs: int) -> Result:
     started = time.perf_counter()
-    made, report = ns.fold(model, inputs=inputs, assume_inputs=True, untie=True, verify=False)
+    made, report = ns.fold(model, inputs=inputs, untie=True, verify=False)
     seconds = time.perf_counter() - started
     double, doubly_made = in_float64(model, report.plan, inputs)
     cells = measured(name, model, made, inputs, runs)
@@ -307,7 +307,7 @@ def plan_70b() -> None:
         inputs = {"input_ids": torch.zeros(2, 16, dtype=torch.long)}
     parameters = sum(parameter.numel() for parameter in model.parameters())
     wall, own = time.perf_counter(), time.process_time()
-    plan = plan_fold(model, as_inputs(inputs), choices=Choices(assume_inputs=True))
+    plan = plan_fold(model, as_inputs(inputs), choices=Choices())
     wall, own = time.perf_counter() - wall, time.process_time() - own
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(

@@ -125,8 +125,9 @@ def fold_directory(asked: Request) -> Folded:
     directory = Path(asked.model)
     target = asked.out or _beside(directory)
     beside = check_target(target, force=asked.force or asked.dry_run)
-    choices = ("untie", "assume_inputs", "rmsnorm")
+    choices = ("untie", "rmsnorm")
     how: dict[str, Any] = {name: asked.wanted[name] for name in ("kind", "only", "exclude")}
+    how["calls"] = asked.wanted["calls"]
     how["choices"] = Choices(**{name: asked.wanted[name] for name in choices})
     how["inputs"] = inputs.parse(asked.inputs) if asked.inputs else None
     with bars(f"planning the fold of {directory.name}") as advance:

@@ -137,11 +137,12 @@ Drop = Annotated[
     bool,
     Option("--drop", help="Leave the neutral tensors of folded norms out of a checkpoint."),
 ]
-AssumeInputs = Annotated[
-    bool,
+Call = Annotated[
+    list[str] | None,
     Option(
-        "--assume-inputs",
-        help="Fold also where code that the inputs did not reach might see it; it is said where.",
+        "--call",
+        metavar="NAME=VALUE[,NAME=VALUE]",
+        help="A further call for which the fold must hold: the inputs and these arguments by name.",
     ),
 ]
 Verify = Annotated[

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from normsurgery.fold.folding import fold
     from normsurgery.inputs import Inputs
     from normsurgery.plan import Plan, Step
+    from normsurgery.planning import plan
     from normsurgery.report import Report
     from normsurgery.spec import Fidelity, Law, NormSpec, get, names, register
     from normsurgery.surgery import rebuild, swap
-    from normsurgery.surgery.planning import plan
     from normsurgery.survey import Site, Skip, Survey
     from normsurgery.verify import Evidence, verify
     from normsurgery.verify.blaming import blame
@@ -48,7 +48,7 @@ _HOMES = {
     "get": ("normsurgery.spec", "get"),
     "load": ("normsurgery.artefacts", "load_directory"),
     "names": ("normsurgery.spec", "names"),
-    "plan": ("normsurgery.surgery.planning", "plan"),
+    "plan": ("normsurgery.planning", "plan"),
     "rebuild": ("normsurgery.surgery", "rebuild"),
     "register": ("normsurgery.spec", "register"),
     "swap": ("normsurgery.surgery", "swap"),

@@ -35,7 +35,8 @@ class Step:
     options: complete: what the conversion would choose itself is filled in.
     fidelity: what the step promises.
     child: for a call or a formula, the name under which its owner will hold the new norm.
-    rule: of a fold, the rule that found where the norm goes.
+    rule: of a fold, the rule that found where the norm goes. changes: the modules that give other
+        numbers afterwards, which the edits make up for in what reads these.
     """
 
     site: Site
@@ -47,6 +48,7 @@ class Step:
     child: str = ""
     rule: str = ""
     edits: tuple[Edit, ...] = ()
+    changes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -59,6 +61,7 @@ class Step:
             "child": self.child,
             "rule": self.rule,
             "edits": [edit_to_json(edit) for edit in self.edits],
+            "changes": list(self.changes),
         }
 
     @classmethod
@@ -73,6 +76,7 @@ class Step:
             child=data["child"],
             rule=data.get("rule", ""),
             edits=tuple(edit_from_json(item) for item in data.get("edits", ())),
+            changes=tuple(data.get("changes", ())),
         )
 
     def __str__(self) -> str:
@@ -86,14 +90,31 @@ class Step:
 
 
 @dataclass(frozen=True)
+class MeasuredCall:
+    """A call of the model on which a fold was planned.
+
+    ran: whether the model takes such a call; where it does not, nothing was measured. changed: the
+    outputs that it gives beside those of the example and that hold other numbers after the fold.
+    """
+
+    name: str
+    ran: bool
+    changed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Plan:
-    """Ordered Steps, and a Skip with a reason for everything else that normalises. JSON."""
+    """Ordered Steps, and a Skip with a reason for everything else that normalises. JSON.
+
+    calls: of a fold, the calls that each step holds for.
+    """
 
     model: str
     steps: tuple[Step, ...]
     skips: tuple[Skip, ...] = ()
     init: Init = "copy"
     versions: Mapping[str, str] = field(default_factory=dict)
+    calls: tuple[MeasuredCall, ...] = ()
 
     @property
     def fidelity(self) -> Fidelity:
@@ -107,6 +128,7 @@ class Plan:
             "steps": [step.to_json() for step in self.steps],
             "skips": [asdict(skip) for skip in self.skips],
             "versions": dict(self.versions),
+            "calls": [asdict(call) for call in self.calls],
         }
 
     @classmethod
@@ -119,6 +141,7 @@ class Plan:
                 skips=tuple(Skip(**item) for item in data["skips"]),
                 init=checked_init(data["init"]),
                 versions=dict(data["versions"]),
+                calls=tuple(_call_from_json(item) for item in data.get("calls", ())),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UsageError(
@@ -151,6 +174,10 @@ class Plan:
             yield step.site.label, step.site.kind, step.to + options, promise
         for skip in self.skips:
             yield skip.path, skip.kind, "left alone", skip.reason
+
+
+def _call_from_json(data: Mapping[str, Any]) -> MeasuredCall:
+    return MeasuredCall(data["name"], data["ran"], tuple(data["changed"]))
 
 
 def skip_line(skip: Skip) -> str:

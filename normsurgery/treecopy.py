@@ -13,12 +13,15 @@ from torch.nn import parameter
 from normsurgery.errors import CannotRead
 
 
-def tree_copy(model: nn.Module, *, clone: bool = False, clone_buffers: bool = False) -> nn.Module:
+def tree_copy(
+    model: nn.Module, *, clone: bool = False, clone_buffers: bool = False, meta: bool = False
+) -> nn.Module:
     """A copy of `model` with new module objects.
 
     Its tensors are the same objects (`clone=False`) or one clone of each (`clone=True`), or clones
-    of all but the parameters (`clone_buffers=True`, for a run that moves statistics); in any case
-    two names of one tensor stay two names of one tensor. Unlike `copy.deepcopy` it takes models
+    of all but the parameters (`clone_buffers=True`, for a run that moves statistics), or one tensor
+    without values for each (`meta=True`); in any case two names of one tensor stay two names of
+    one tensor. Unlike `copy.deepcopy` it takes models
     that hold an activation or an old-style `weight_norm` (non-leaf tensors). A clone keeps `grad`.
     Raises CannotRead where an attribute refuses to be copied, or where a parameter is still lazy.
     """
@@ -29,8 +32,8 @@ def tree_copy(model: nn.Module, *, clone: bool = False, clone_buffers: bool = Fa
                 f"{type(model).__name__} has lazy parameters without a shape. "
                 "Run one forward on it first, then try again."
             )
-        cloned = clone or (clone_buffers and not isinstance(tensor, nn.Parameter))
-        memo[id(tensor)] = _clone(tensor) if cloned else tensor
+        cloned = clone or meta or (clone_buffers and not isinstance(tensor, nn.Parameter))
+        memo[id(tensor)] = _clone(tensor, meta) if cloned else tensor
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:  # an attribute of any class may refuse, with any exception
@@ -61,19 +64,15 @@ def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
             yield from _tensors_in(item, seen)
 
 
-def _plain_clone(tensor: Tensor) -> Any:
-    new = tensor.detach().clone()
-    return new.requires_grad_(tensor.requires_grad and tensor.is_leaf)
-
-
-def _clone(tensor: Tensor) -> Any:
+def _clone(tensor: Tensor, meta: bool) -> Any:
     with torch.no_grad():
+        data = tensor.detach().to("meta") if meta else tensor.detach().clone()
         if isinstance(tensor, nn.Parameter) and tensor.is_leaf:
-            new: Any = nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad)
+            new: Any = nn.Parameter(data, requires_grad=tensor.requires_grad)
             new.__dict__.update(vars(tensor))
             new.__class__ = type(tensor)
         else:
-            new = _plain_clone(tensor)
-        if tensor.is_leaf and tensor.grad is not None:
+            new = data.requires_grad_(tensor.requires_grad and tensor.is_leaf)
+        if tensor.is_leaf and tensor.grad is not None and not meta:
             new.grad = tensor.grad.detach().clone()
     return new

@@ -128,18 +128,18 @@ def test_counts_come_first_then_where_each_norm_went_or_why_it_stayed(
 ) -> None:
     output = run("fold", file(mixed()), *INPUT).stdout
     assert output.splitlines()[0] == (
-        "Sequential: 1 folded, 1 reduced to an affine, 1 affine folded, 1 left alone"
+        "Sequential: 1 folded, 1 affine folded, 1 reduced to an affine, 1 left alone"
     )
     folded = rows(output, "n  where")
     assert [row[:3] for row in folded] == [
-        ["1", "norm", "batchnorm"], ["1", "scale", "batchnorm"], ["1", "group", "groupnorm"],
+        ["1", "norm", "batchnorm"], ["1", "group", "groupnorm"], ["1", "scale", "batchnorm"],
     ]  # fmt: skip
-    assert [row[3] for row in folded] == ["folded", "reduced to an affine", "affine folded"]
-    assert [row[4:] for row in folded[::2]] == [
+    assert [row[3] for row in folded] == ["folded", "affine folded", "reduced to an affine"]
+    assert [row[4:] for row in folded[:2]] == [
         ["into producer", "stem"],
         ["into consumers", "out"],
     ]
-    assert folded[1][-1].startswith(Check.NON_LINEAR.value)
+    assert folded[2][-1].startswith(Check.NON_LINEAR.value)
     left = rows(output, "n  left alone")
     assert [row[:3] for row in left] == [["1", "last", "batchnorm"]]
     assert left[0][3].startswith(Check.NO_STATISTICS.value)
@@ -321,13 +321,10 @@ def test_layernorms_become_rmsnorms_when_asked(models: Path) -> None:
     assert json.loads(found.stdout)["counts"] == {"rmsnorm": 2}, "it is made again with its weights"
 
 
-def test_a_branch_that_was_not_run_is_said_and_may_be_assumed_away(models: Path) -> None:
-    refused = run("fold", "fold_models:Features", *INPUT, "--dry-run").stdout
-    assert Check.HIDDEN_BRANCH.value in refused
-    assert "--assume-inputs" in refused
-    done = run("fold", "fold_models:Features", *INPUT, "--assume-inputs")
-    assert done.stdout.splitlines()[0] == "Features: 1 folded"
-    assert "note: norm: holds for calls like the example only" in done.stdout
+def test_another_value_of_a_flag_is_measured_and_may_refuse(models: Path) -> None:
+    said = run("fold", "fold_models:Features", *INPUT, "--dry-run").stdout
+    assert Check.OUTPUT_USED.value in said
+    assert "in the call with features=True" in said
 
 
 def test_nothing_to_fold_is_no_error_and_writes_nothing_but_what_is_named(
@@ -467,16 +464,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-ASSUMED = ("--assume-inputs", *TOKENS)
-
-
 def test_a_checkpoint_directory_becomes_one_that_stock_code_loads(
     checkpoint: Path, tmp_path: Path
 ) -> None:
     from transformers import AutoModelForCausalLM
 
     out = tmp_path / "out"
-    done = run("fold", checkpoint, *ASSUMED, "-o", out)
+    done = run("fold", checkpoint, *TOKENS, "-o", out)
     assert done.exit_code == 0, done.output
     assert done.stdout.splitlines()[0] == "LlamaForCausalLM: 5 folded to neutral"
     assert [row[:2] for row in rows(done.stdout, "n  where")] == [
@@ -496,13 +490,13 @@ def test_a_directory_is_written_beside_it_and_what_it_has_no_use_for_is_refused(
 ) -> None:
     from safetensors.torch import load_file
 
-    assert run("fold", f"{checkpoint}/", *ASSUMED, "--no-verify", "--drop").exit_code == 0
+    assert run("fold", f"{checkpoint}/", *TOKENS, "--no-verify", "--drop").exit_code == 0
     out = checkpoint.with_name("llama.folded")
     assert not [name for name in load_file(out / "model.safetensors") if "norm" in name]
     assert sorted(path.name for path in checkpoint.parent.iterdir()) == [
         "llama", "llama.folded", "llama.folded.report.json",
     ]  # fmt: skip
-    taken = run("fold", checkpoint, *ASSUMED)
+    taken = run("fold", checkpoint, *TOKENS)
     assert taken.exit_code == 2
     assert f"{out} exists already" in taken.stderr
     refused = run("fold", checkpoint, "--prune", "--pad", "explicit", "--trust", "mine")
@@ -513,7 +507,7 @@ def test_a_directory_is_written_beside_it_and_what_it_has_no_use_for_is_refused(
 def test_a_checkpoint_is_planned_without_writing(checkpoint: Path, tmp_path: Path) -> None:
     plan, out = tmp_path / "plan.json", tmp_path / "out"
     words = ["fold", checkpoint, "-o", out]
-    done = run(*words, *ASSUMED, "--only", "model.norm", "--dry-run", "--save-plan", plan)
+    done = run(*words, *TOKENS, "--only", "model.norm", "--dry-run", "--save-plan", plan)
     assert done.exit_code == 0, done.output
     assert done.stdout.splitlines()[0] == "LlamaForCausalLM: 1 folded to neutral, 4 left alone"
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
@@ -570,10 +564,20 @@ def test_sites_of_one_kind_and_one_reason_share_a_row(capsys: pytest.CaptureFixt
     ]
 
 
+def test_a_further_call_counts_with_all_its_outputs(checkpoint: Path) -> None:
+    words = ("fold", checkpoint, *TOKENS, "--dry-run")
+    assert run(*words).stdout.splitlines()[0] == "LlamaForCausalLM: 5 folded to neutral"
+    asked = run(*words, "--call", "output_hidden_states=true")
+    assert asked.stdout.splitlines()[0] == "LlamaForCausalLM: 4 folded to neutral, 1 left alone"
+    assert "in the call with output_hidden_states=True" in asked.stdout
+    wrong = run(*words, "--call", "output_hidden_states")
+    assert wrong.exit_code == 2 and "name=value" in wrong.stderr.lower()
+
+
 @pytest.mark.parametrize(
     ("hint", "shown"),
     [
-        ("assume_inputs=True folds it.", "--assume-inputs folds it."),
+        ("untie=True copies it.", "--untie copies it."),
         ("Use pad='explicit' to write it out.", "Use --pad explicit to write it out."),
         ("eps=1e-5 is too small.", "eps=1e-5 is too small."),
     ],

@@ -475,7 +475,7 @@ def test_folding_again_finds_the_record_and_loads_plainly(llama: Path, tmp_path:
 def test_planning_again_finds_nothing_to_do(
     name: str, rmsnorm: bool, sources: Any, tmp_path: Path
 ) -> None:
-    choices = Choices(assume_inputs=True, rmsnorm=rmsnorm)
+    choices = Choices(rmsnorm=rmsnorm)
     source = sources(name, torch.bfloat16)
     first = fold_checkpoint(source, tmp_path / "once", choices=choices)
     again = fold_checkpoint(tmp_path / "once", tmp_path / "twice", choices=choices)

@@ -14,7 +14,7 @@ from normsurgery.find.by_run import FUNCTIONS
 from normsurgery.find.by_type import typed_norms
 from normsurgery.find.drafts import Drafts
 from normsurgery.find.places import layer_sites
-from normsurgery.find.reader import Ends, key_of
+from normsurgery.find.reader import Ends, Reader, Tree, key_of, place_of
 from normsurgery.graph import Recording, record
 from normsurgery.graph.flow import PADDING
 from normsurgery.inputs import Inputs, as_inputs, infer
@@ -61,10 +61,10 @@ def find(
 
 @dataclass(frozen=True)
 class Located:
-    """A Survey with the eval run it comes from.
+    """A Survey with an eval run of the model.
 
     ends: by a site's index, the values that each of its runs begins and ends with; not there for
-    what did not run in eval, or where a run could not be told from its surroundings.
+    what did not run, or where a run could not be told from its surroundings.
     """
 
     survey: Survey
@@ -72,18 +72,33 @@ class Located:
     ends: Mapping[int, Ends]
 
 
-def locate(model: Model, inputs: Inputs, *, training: bool = True) -> Located:
-    """What `find` finds, and where it stands in a recording of one eval run.
+def locate(model: Model, inputs: Inputs) -> Located:
+    """What `find` finds in eval mode, and where it stands in the recording of that run.
 
-    training: also look for norms that run in train mode only. The recording knows which lines ran
-    (graph.branches). Raises CannotTrace, UsageError as `find`.
+    Raises CannotTrace, UsageError as `find`.
     """
     module = model.module() if isinstance(model, ExportedProgram) else model
-    notes: list[str] = []
-    recordings = _recordings(module, inputs, notes, lines=True, training=training)
-    survey, drafts = _surveyed(model, module, recordings, inputs, notes)
+    recording = record(module, inputs, watched=WATCHED)
+    survey, drafts = _surveyed(model, module, [recording], inputs, ())
     ends = {site.index: drafts.ends[key] for site in survey if (key := key_of(site)) in drafts.ends}
-    return Located(survey, recordings[0], ends)
+    return Located(survey, recording, ends)
+
+
+def locate_again(survey: Survey, model: Model, inputs: Inputs, *, meta: bool = False) -> Located:
+    """Where the norms of a Survey stand in a run of the same model.
+
+    meta: the run needs no values (see `record`). Raises CannotTrace where it does not run.
+    """
+    module = model.module() if isinstance(model, ExportedProgram) else model
+    recording = record(module, inputs, watched=WATCHED, meta=meta)
+    known = {site.path: site for site in survey if site.form == "module"}
+    reader = Reader(Tree.of(module), recording, known, {})
+    for _ in reader.sites():
+        pass
+    ends = {place_of(key): spots for key, spots in reader.ends.items()}
+    places = {site.index: place_of(key_of(site)) for site in survey}
+    found = {index: ends[place] for index, place in places.items() if place in ends}
+    return Located(survey, recording, found)
 
 
 def _surveyed(
@@ -116,17 +131,10 @@ def _spelling(inputs: Inputs | None) -> str | None:
     return " ".join(f"--input {text}" for text in inputs.spelling) if inputs is not None else None
 
 
-def _recordings(
-    model: nn.Module,
-    inputs: Inputs,
-    notes: list[str],
-    *,
-    lines: bool = False,
-    training: bool = True,
-) -> Sequence[Recording]:
+def _recordings(model: nn.Module, inputs: Inputs, notes: list[str]) -> Sequence[Recording]:
     """The eval run, and where it works the train run, which may reach other norms."""
-    found = [record(model, inputs, watched=WATCHED, lines=lines)]
-    if isinstance(model, fx.GraphModule) or not training:
+    found = [record(model, inputs, watched=WATCHED)]
+    if isinstance(model, fx.GraphModule):
         return found
     try:
         found.append(record(model, inputs, training=True, watched=WATCHED))
@@ -135,4 +143,4 @@ def _recordings(
     return found
 
 
-__all__ = ["Located", "find", "locate"]
+__all__ = ["Located", "find", "locate", "locate_again"]

@@ -323,6 +323,12 @@ def key_of(site: Site) -> Key:
     return ("call", site.path, None if site.call is None else replace(site.call, operations=None))
 
 
+def place_of(key: Key) -> Key:
+    """The key without what may differ from run to run: which expressions belong to a call."""
+    call = key[2] if key[0] == "call" else None
+    return key if call is None else (*key[:2], call.function, call.output, call.node)
+
+
 def dtype_name(tensor: Tensor) -> str:
     """As `float32`."""
     return str(tensor.dtype).removeprefix("torch.")

@@ -33,7 +33,7 @@ from normsurgery.fold.linearity import (
     picks,
     why_not,
 )
-from normsurgery.fold.merged_layers import on_merged_output
+from normsurgery.fold.merged_layers import on_merged_output, on_merged_residual
 from normsurgery.fold.norm_landings import on_norm_output
 from normsurgery.graph.flow import Node
 
@@ -132,6 +132,10 @@ class Backward:
         """scale * (a + b) + shift: both are scaled, one of them is shifted."""
         if node.kwargs.get("alpha", 1) != 1 or len(node.inputs) != 2:
             raise Refused(Check.UNKNOWN, f"{self.ground.path(node)} adds a number or a multiple")
+        residual = on_merged_residual(self.ground, node, channels, affine)
+        if residual is not None:
+            self.changed.add(residual[0].output)
+            return [residual[1]]
         constants = [v for v in node.inputs if self.flow.is_constant(v)]
         parts = [v for v in node.inputs if v not in constants]
         if constants:
@@ -179,8 +183,7 @@ class Backward:
 
     def _padded(self, node: Node, channels: Tensor, affine: Affine) -> list[Landing]:
         axes = padded_axes(node, channels.dim())
-        empty = not axes and self.ground.choices.assume_inputs
-        if affine.shift is not None and not (pads_with_values(node) or empty):
+        if affine.shift is not None and axes and not pads_with_values(node):
             raise Refused(Check.ZERO_PADDING, f"{self.ground.path(node)} pads with a constant")
         if any(varies(channels, axis) for axis in axes):
             raise Refused(Check.AXIS, f"{self.ground.path(node)} pads the channels")

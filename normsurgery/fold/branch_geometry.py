@@ -19,16 +19,17 @@ def merged_geometry(
 ) -> tuple[Geometry, tuple[Sizes, ...]]:
     """The geometry that has room for all kernels, and where each of them lies in it.
 
-    branches: a layer first. Raises Refused: AXIS, ZERO_PADDING.
+    branches: a layer is among them. Raises Refused: AXIS, ZERO_PADDING.
     """
+    first = next(branch for branch in branches if branch.layer is not None)
     weights = [b.layer.weight.tensor for b in branches if b.layer is not None]
     if len({(w.dtype, tuple(w.shape[:2]), w.dim(), w.device) for w in weights}) > 1:
         raise Refused(Check.AXIS, "its branches have different channels, groups or dtypes")
-    given = [_geometry(branch, branches[0]) for branch in branches]
+    given = [_geometry(branch, first) for branch in branches]
     if len({(found.groups, found.stride) for found in given}) > 1:
         raise Refused(Check.AXIS, "its branches have different strides or groups")
     for branch in branches:
-        _require_same_channels(ground, branch, branches[0], given[0].groups)
+        _require_same_channels(ground, branch, first, given[0].groups)
     return room_for(given)
 
 

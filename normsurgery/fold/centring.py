@@ -2,88 +2,112 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from torch import nn
 
-from normsurgery.fold.acceptance import accepted
-from normsurgery.fold.agreement import agree
-from normsurgery.fold.checks import NoMatch
+from normsurgery.fold.acceptance import require_accepted
+from normsurgery.fold.agreement import Agreed, agree
+from normsurgery.fold.checks import Check
 from normsurgery.fold.ground import Ground, Refused
-from normsurgery.fold.residual_stream import is_candidate, stream_of
+from normsurgery.fold.residual_stream import Stream, is_candidate, stream_of
+from normsurgery.fold.worklist import Worklist, require_unread
 from normsurgery.plan import Step
 from normsurgery.spec import Fidelity
-from normsurgery.survey import Site, Skip
+from normsurgery.survey import Site
 
 
 def centre(
-    ground: Ground,
-    model: nn.Module,
-    site: Site,
-    allowed: Collection[int],
-    decided: dict[int, Step | Skip],
+    grounds: Sequence[Ground], model: nn.Module, allowed: Collection[int], work: Worklist
 ) -> None:
-    """Make RMSNorms of all LayerNorms on the stream that this one reads, where it can be.
+    """Make RMSNorms of all LayerNorms on a stream that can be centred in every measured call.
 
-    allowed: the sites that may be folded. decided: what becomes of each site, which is changed.
+    allowed: the sites that may be folded. work: what becomes of each site, which is changed.
     """
-    made = decided[site.index]
-    done = isinstance(made, Step) and made.to == "rmsnorm"
-    if done or not is_candidate(site) or not ground.runs[site.index]:
-        return
-    try:
-        stream = stream_of(ground, site)
-        agreed = agree(ground, stream.landings)
-        notes = accepted(ground, model, stream.runs, stream.landings, frozenset(stream.values))
-    except Refused as refusal:
-        decided[site.index] = _stays(site, made, refusal.match)
-        return
-    ground.untied |= agreed.untied
-    sites = [s for s in ground.located.survey if s.index in stream.sites]
-    steps = [
-        step
-        for s in sites
-        if s.index in allowed
-        if (step := _as_rmsnorm(ground, s, decided[s.index])) is not None
-    ]
+    example = grounds[0]
+    for site in [site for site in example.located.survey if site.index in allowed]:
+        made = work.made.get(site.index)
+        done = made is not None and made.to == "rmsnorm"
+        if done or not is_candidate(site) or not example.runs[site.index]:
+            continue
+        try:
+            stream, agreed = _centred(grounds, model, site)
+        except Refused as refusal:
+            if made is None:
+                work.failed[site.index] = [refusal.match]
+            else:
+                note = f"stays a LayerNorm: {refusal.match.reason}"
+                work.made[site.index] = replace(made, notes=(*made.notes, note))
+            continue
+        _take(example, stream, agreed, allowed, work)
+
+
+def _centred(grounds: Sequence[Ground], model: nn.Module, site: Site) -> tuple[Stream, Agreed]:
+    """The stream that the norm reads, with the edits that centre it. Raises Refused."""
+    example = grounds[0]
+    stream, agreed = _centred_in(example, model, site)
+    streams = [(example, stream)]
+    for ground in grounds[1:]:
+        try:
+            if not ground.runs[site.index]:
+                require_unread(ground, (edit.target for edit in agreed.edits))
+                continue
+            other, edits = _centred_in(ground, model, site)
+            if any(edit not in agreed.edits for edit in edits.edits):
+                raise Refused(Check.OTHER_EDITS)
+            require_unread(ground, (e.target for e in agreed.edits if e not in edits.edits))
+            streams.append((ground, other))
+        except Refused as refusal:
+            raise refusal.in_call(ground.call) from None
+    for ground, found in streams:
+        ground.untied |= agreed.untied
+        ground.changed |= found.values.keys()
+        ground.absorbing |= {node.index for run in found.runs for node in run.nodes}
+    return stream, agreed
+
+
+def _centred_in(ground: Ground, model: nn.Module, site: Site) -> tuple[Stream, Agreed]:
+    stream = stream_of(ground, site)
+    agreed = agree(ground, stream.landings)
+    require_accepted(ground, model, stream.landings, stream.values.keys())
+    return stream, agreed
+
+
+def _take(
+    ground: Ground, stream: Stream, agreed: Agreed, allowed: Collection[int], work: Worklist
+) -> None:
+    sites = [s for s in ground.located.survey if s.index in stream.sites and s.index in allowed]
+    made = [(s.index, _as_rmsnorm(ground, s, work.made.get(s.index))) for s in sites]
+    steps = [(index, step) for index, step in made if step is not None]
+    for index, step in steps:
+        work.made.pop(index, None)
+        work.made[index] = step
     if not steps:
         return
     # Other folds may still write to what is centred: it comes last.
-    steps[-1] = replace(
-        steps[-1],
-        edits=(*steps[-1].edits, *agreed.edits),
-        notes=(*steps[-1].notes, *agreed.notes, *notes),
-    )
-    for step in steps:
-        del decided[step.site.index]
-        decided[step.site.index] = step
+    index, last = steps[-1]
+    given = len(ground.givers(stream.values.keys()))
+    told = f"what {given} modules give to the stream has mean zero afterwards"
+    edits, notes = (*last.edits, *agreed.edits), (*last.notes, *agreed.notes, told)
+    work.made[index] = replace(last, edits=edits, notes=notes)
 
 
-def _as_rmsnorm(ground: Ground, site: Site, made: Step | Skip) -> Step | None:
+def _as_rmsnorm(ground: Ground, site: Site, made: Step | None) -> Step | None:
     """The step that makes an RMSNorm of a LayerNorm on a centred stream; None if it has a bias."""
-    folded = isinstance(made, Step) and (
-        ground.choices.keep_classes or not made.options.get("affine", True)
-    )
-    if "bias" in site.parameters and not folded and not ground.choices.keep_classes:
+    kept = ground.choices.keep_classes
+    folded = made is not None and (kept or not made.options.get("affine", True))
+    if "bias" in site.parameters and not folded and not kept:
         return None
-    edits = made.edits if isinstance(made, Step) else ()
-    notes = made.notes if isinstance(made, Step) else ()
     whole = folded or "weight" not in site.parameters
     return Step(
         site=site,
-        to=site.kind if ground.choices.keep_classes else "rmsnorm",
-        options={} if ground.choices.keep_classes or not whole else {"affine": False},
+        to=site.kind if kept else "rmsnorm",
+        options={} if kept or not whole else {"affine": False},
         fidelity=Fidelity.EVAL,
         action="fold",
-        notes=notes,
+        notes=() if made is None else made.notes,
         rule="residual stream",
-        edits=edits,
+        edits=() if made is None else made.edits,
+        changes=() if made is None else made.changes,
     )
-
-
-def _stays(site: Site, made: Step | Skip, match: NoMatch) -> Step | Skip:
-    """A LayerNorm whose mean cannot be folded away."""
-    if isinstance(made, Step):
-        return replace(made, notes=(*made.notes, f"stays a LayerNorm: {match.reason}"))
-    return Skip(site.label, match.reason, match.hint, site.kind)

@@ -166,6 +166,16 @@ def backwards(flow: Flow, node: Node, channels: Tensor, output: int) -> Tensor |
     return _scattered(node, channels, before, output)
 
 
+def whole_before(flow: Flow, node: Node, channels: Tensor) -> Tensor | None:
+    """The channels of all of what a node slices along another axis than theirs; None elsewhere."""
+    if node.name not in SLICES:
+        return None
+    rank = len(flow.shape(node.inputs[0]))
+    axis = _axis(node, rank)
+    full = channels if channels.dim() == rank else channels.unsqueeze(axis)
+    return None if varies(full, axis) else full
+
+
 def _replayed(node: Node, channels: Tensor, before: Shape, output: int) -> Tensor:
     """The node itself, run on the channels; only the axis it works on is written out."""
     return squeezed(_run(node, _written_out(node, channels, before), output))

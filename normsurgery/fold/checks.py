@@ -20,8 +20,9 @@ class Check(Enum):
     AXIS = "its channels are not the channels of its neighbour"
     NO_NEIGHBOUR = "no weight on either side to fold it into"
     COMPUTES = "it has no scale or shift to fold away, only the statistics it computes"
-    HIDDEN_BRANCH = "a branch that the trace did not run"
+    UNRUN = "code that no measured call ran"
     DATA_DEPENDENT = "control flow that depends on data"
+    OTHER_EDITS = "another call of the model would need other weights"
     ADDED = "its output is added to another value"
     RETURNED = "its output is returned by the model"
     FOREIGN_WEIGHT = "a quantized, sharded or offloaded weight"
@@ -38,15 +39,17 @@ class Check(Enum):
 
 @dataclass(frozen=True)
 class NoMatch:
-    """Why a rule does not apply to a site: the check that failed, where, and what would help."""
+    """Why a rule does not apply to a site: the check that failed, where, and what would help.
+
+    call: the measured call in which it failed; "" for the example.
+    """
 
     check: Check
     where: str = ""
     hint: str = ""
+    call: str = ""
 
     @property
     def reason(self) -> str:
-        return f"{self.check.value}: {self.where}" if self.where else self.check.value
-
-
-BY_BATCH = NoMatch(Check.HIDDEN_BRANCH, "the batch size decides what runs")
+        reason = f"{self.check.value}: {self.where}" if self.where else self.check.value
+        return f"{reason} in the call with {self.call}" if self.call else reason

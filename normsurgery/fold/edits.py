@@ -144,7 +144,7 @@ class Bake:
 
 @dataclass(frozen=True)
 class AddKernel:
-    """target += source, a smaller kernel put at offset `at` in each spatial dimension.
+    """target += factor * source, a smaller kernel put at offset `at` in each spatial dimension.
 
     Both are weights of convolutions with the same groups.
     """
@@ -152,24 +152,28 @@ class AddKernel:
     target: str
     source: str
     at: tuple[int, ...]
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)
 class AddTensor:
-    """target += source, of the same shape (the biases of parallel branches)."""
+    """target += factor * source, of the same shape (the biases of parallel branches)."""
 
     target: str
     source: str
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)
 class AddIdentity:
-    """target, the weight of a convolution with `groups`, += the kernel of x -> by * x, at `at`."""
+    """target, the weight of a convolution with `groups`, += factor times the kernel of x -> by * x,
+    at `at`."""
 
     target: str
     by: Vector | None
     at: tuple[int, ...]
     groups: int = 1
+    factor: float = 1.0
 
 
 Edit = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -10,15 +10,15 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from normsurgery.errors import UsageError
-from normsurgery.fold.checks import Check, NoMatch
-from normsurgery.fold.editing import CannotHold
-from normsurgery.fold.ground import Choices
-from normsurgery.fold.planning import plan_fold
-from normsurgery.fold.programs import folded_program, with_companions
+from normsurgery.fold.carrying_out import carried_out
+from normsurgery.fold.ground import choices_of
+from normsurgery.fold.planning import Planner, Request
+from normsurgery.fold.programs import folded_program
 from normsurgery.fold.pruning import prune_identities
 from normsurgery.fold.speed import measure_speed
+from normsurgery.fold.untied_flags import correct_ties
 from normsurgery.inputs import as_inputs, infer
-from normsurgery.plan import MERGED, Plan, Step, versions
+from normsurgery.plan import MERGED, Plan, versions
 from normsurgery.randomstate import random_state_kept
 from normsurgery.report import Report
 from normsurgery.surgery.application import Applied, apply
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 
 Model = TypeVar("Model", bound=nn.Module | ExportedProgram)
-PADS = ("refuse", "explicit")
 
 
 def fold(
@@ -49,7 +48,7 @@ def fold(
     rmsnorm: bool = False,
     pad: Literal["refuse", "explicit"] = "refuse",
     untie: bool = False,
-    assume_inputs: bool = False,
+    calls: Sequence[Any] = (),
     prune: bool = False,
     verify: bool = True,
     time: bool = False,
@@ -68,7 +67,8 @@ def fold(
         pad: "explicit" folds a norm also into convolutions that pad with zeros: a module that pads
             what a zero behind the norm was in front of it takes its place, and they pad nothing.
         untie: a tied weight that is in the way becomes a copy of its own.
-        assume_inputs: fold also where code that these inputs did not reach might see the change.
+        calls: further calls for which the fold must hold, each a dict of keyword arguments that are
+            added to the inputs, or the whole of its inputs.
         prune: take what became nn.Identity out of the nn.Sequential that holds it, where nothing
             else refers to it; no name of another module changes.
         verify: measure the result against a float64 run of the original.
@@ -81,36 +81,25 @@ def fold(
     if plan is not None:
         _require_fold(plan, chosen=kind is not None or bool(only) or bool(exclude))
     inner, notes = _opened(model, inplace)
-    notes += _eval_notes(inner, eval)
+    notes += switched_to_eval(inner, eval)
     given = infer(model) if inputs is None else as_inputs(inputs)
-    if pad not in PADS:
-        raise UsageError(f"pad is {pad!r}; it must be one of: {', '.join(PADS)}.")
-    choices = Choices(
-        untie=untie,
-        explicit_pad=pad == "explicit",
-        assume_inputs=assume_inputs,
-        rmsnorm=rmsnorm,
-    )
+    choices = choices_of(rmsnorm=rmsnorm, pad=pad, untie=untie)
     changed: Any
     with random_state_kept(inner):
         original = tree_copy(inner, clone=True) if inplace else inner
         ready = _in_eval(original) if eval else original
 
-        def decide(refused: dict[str, NoMatch]) -> Plan:
-            return plan_fold(
-                ready,
-                given,
-                kind=kind,
-                only=only,
-                exclude=exclude,
-                choices=choices,
-                refused=refused,
-            )
-
+        request = Request(kind, only, exclude, choices, calls)
+        planner = Planner(ready, given, request) if plan is None else None
+        decide = None if planner is None else planner.plan
         if isinstance(model, ExportedProgram):
             changed, report = folded_program(model, given, plan, decide, verify=verify, time=time)
             return changed, report
-        made = _carried_out(ready, given, plan, decide)
+
+        def on_copy(made: Plan) -> Applied:
+            return _apply(ready, tree_copy(ready, clone=True), made, given)
+
+        made = carried_out(plan, decide, on_copy)
         journal = None
         if inplace:
             made, journal = _in_place(inner, made, given, eval, prune)
@@ -153,7 +142,7 @@ def _require_fold(plan: Plan, *, chosen: bool) -> None:
         )
 
 
-def _eval_notes(model: nn.Module, switch: bool) -> tuple[str, ...]:
+def switched_to_eval(model: nn.Module, switch: bool) -> tuple[str, ...]:
     """What is switched to eval mode. Raises UsageError where that was not asked for."""
     if not has_mode(model):
         return ()
@@ -175,60 +164,14 @@ def _in_eval(model: nn.Module) -> nn.Module:
     return copied.eval()
 
 
-def _carried_out(
-    original: nn.Module,
-    inputs: Inputs,
-    plan: Plan | None,
-    decide: Callable[[dict[str, NoMatch]], Plan],
-) -> Applied:
-    """The plan carried out on a copy. A step that turns out impossible is decided again without."""
-    refused: dict[str, NoMatch] = {}
-    while True:
-        made = decide(refused) if plan is None else plan
-        working = tree_copy(original, clone=True)
-        try:
-            applied = _apply(original, working, made, inputs)
-        except CannotHold as error:
-            if plan is not None or error.step.site.label in refused:
-                raise
-            refused[error.step.site.label] = error.match
-            continue
-        impossible = _impossible(made, applied)
-        if not impossible:
-            return applied
-        if plan is None and impossible.keys() <= refused.keys():
-            # A step that was decided together with others: without these it is not there.
-            impossible = with_companions(made, impossible)
-        if plan is not None or impossible.keys() <= refused.keys():
-            label, match = next(iter(impossible.items()))
-            raise UsageError(f"{label}: {match.reason}. Make a new plan without it (exclude).")
-        refused |= impossible
-
-
 def _apply(original: nn.Module, working: nn.Module, plan: Plan, inputs: Inputs) -> Applied:
     owners = dict.fromkeys(step.site.path for step in plan.steps if step.site.form != "module")
+    merges = (step for step in plan.steps if step.rule == MERGED and step.edits)
+    owners |= dict.fromkeys(step.site.settings["owner"] for step in merges)
     calls = recorded_calls(original, list(owners), inputs) if owners else {}
-    return apply(working, plan, calls)
-
-
-def _impossible(plan: Plan, applied: Applied) -> dict[str, NoMatch]:
-    """Labels of the steps that were not carried out, with the reason."""
-    done = {id(step) for step in applied.plan.steps}  # two steps may have one label
-    reasons = {skip.path: skip.reason for skip in applied.plan.skips}
-    return {
-        step.site.label: NoMatch(Check.NOT_REWRITABLE, _without_head(reasons[step.site.label]))
-        for step in plan.steps
-        if id(step) not in done and not _is_part_of_merge(step)
-    }
-
-
-def _is_part_of_merge(step: Step) -> bool:
-    """A norm that would have gone with a merge of branches: without it, other rules may take it."""
-    return step.rule == MERGED and not step.edits
-
-
-def _without_head(reason: str) -> str:
-    return reason.removeprefix(f"{Check.NOT_REWRITABLE.value}: ")
+    applied = apply(working, plan, calls)
+    correct_ties(applied.model, plan)
+    return applied
 
 
 def _in_place(

@@ -124,8 +124,7 @@ class Forward:
 
     def _padded(self, node: Node, value: int, channels: Tensor, affine: Affine) -> list[Landing]:
         axes = padded_axes(node, channels.dim())
-        empty = not axes and self.ground.choices.assume_inputs
-        if affine.shift is not None and not (pads_with_values(node) or empty):
+        if affine.shift is not None and axes and not pads_with_values(node):
             raise Refused(Check.ZERO_PADDING, f"{self.ground.path(node)} pads with a constant")
         if any(varies(channels, axis) for axis in axes):
             raise Refused(Check.AXIS, f"{self.ground.path(node)} pads the channels")

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
+from normsurgery.errors import UsageError
 from normsurgery.find import Located
 from normsurgery.fold.checks import Check, NoMatch
 from normsurgery.fold.edits import Edit, Vector
 from normsurgery.graph.flow import Flow, Node, Operand, is_plain
+from normsurgery.graph.recording import refs_in
 from normsurgery.survey import Site
 
 
@@ -20,6 +22,12 @@ class Refused(Exception):
     def __init__(self, check: Check, where: str = "", hint: str = "") -> None:
         self.match = NoMatch(check, where, hint)
         super().__init__(self.match.reason)
+
+    def in_call(self, name: str) -> Refused:
+        """The same, of another call than the example."""
+        found = Refused(self.match.check, self.match.where, self.match.hint)
+        found.match = replace(self.match, call=name)
+        return found
 
 
 @dataclass(frozen=True)
@@ -33,9 +41,18 @@ class Choices:
 
     untie: bool = False
     explicit_pad: bool = False
-    assume_inputs: bool = False
     keep_classes: bool = False
     rmsnorm: bool = False
+
+
+PADS = ("refuse", "explicit")
+
+
+def choices_of(*, rmsnorm: bool, pad: str, untie: bool) -> Choices:
+    """As the verbs take them. Raises UsageError."""
+    if pad not in PADS:
+        raise UsageError(f"pad is {pad!r}; it must be one of: {', '.join(PADS)}.")
+    return Choices(untie=untie, explicit_pad=pad == "explicit", rmsnorm=rmsnorm)
 
 
 @dataclass(frozen=True)
@@ -92,7 +109,8 @@ class MergedLayer:
     """Parallel branches that are one layer from now on: everything that makes `output` of `source`.
 
     weight, bias: the names of its tensors; the bias may have to be created. shape: of the weight.
-    channel_axis: that of input and output. padding: with zeros, by spatial dimension.
+    channel_axis: that of input and output. padding: with zeros, by spatial dimension. centre: where
+    in the weight the kernel of an identity lies; None where it has no place there.
     """
 
     source: int
@@ -105,6 +123,7 @@ class MergedLayer:
     channel_axis: int
     groups: int
     padding: tuple[int, ...]
+    centre: tuple[int, ...] | None = None
 
     @property
     def pads(self) -> bool:
@@ -120,15 +139,19 @@ class MergedLayer:
 class Ground:
     """A recorded run as the rules see it; `gone` are norms that were folded away already.
 
+    call: its name; "" for the example. counted: names of the outputs that count (see Flow).
     gone: the value a norm ended with -> the value it began with.
     settled: the sites whose own scale and shift have been folded away.
     merged: the layers that parallel branches have become.
     created: biases that accepted folds create; untied: tensors that they make a copy of, with the
         nodes that read the copy.
+    changed: the values that hold other numbers by now; absorbing: the nodes that make up for it.
     """
 
     located: Located
     choices: Choices
+    call: str = ""
+    counted: Sequence[str] | None = None
     flow: Flow = field(init=False)
     runs: dict[int, tuple[Run, ...]] = field(init=False)
     ends: dict[int, Run] = field(init=False)
@@ -137,9 +160,11 @@ class Ground:
     created: set[str] = field(default_factory=set)
     untied: dict[str, frozenset[int]] = field(default_factory=dict)
     merged: list[MergedLayer] = field(default_factory=list)
+    changed: set[int] = field(default_factory=set)
+    absorbing: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.flow = Flow(self.located.recording)
+        self.flow = Flow(self.located.recording, self.counted)
         self.runs = {
             site.index: tuple(
                 Run(site, start, end, self.flow.between(start, end))
@@ -193,6 +218,22 @@ class Ground:
     def _is_wanted(self, value: int) -> bool:
         flow = self.flow
         return bool(flow.readers(value)) or value in flow.returned or value in flow.kept
+
+    def givers(self, values: Collection[int]) -> tuple[str, ...]:
+        """The modules whose output one of the values is."""
+        calls = self.located.recording.module_calls
+        given = [call for call in calls if not set(values).isdisjoint(refs_in(call.output))]
+        paths = (self.located.recording.path(call.module) for call in given)
+        return tuple(dict.fromkeys(path for path in paths if path))
+
+    def changed_outputs(self) -> tuple[str, ...]:
+        """The outputs that do not count and that hold other numbers by now."""
+        changed = set(self.changed)
+        for node in self.flow.nodes:
+            if node.index not in self.absorbing and not changed.isdisjoint(node.inputs):
+                changed.update(node.outputs)
+        beside = {n: v for n, v in self.flow.outputs.items() if v not in self.flow.returned}
+        return tuple(name for name, value in beside.items() if value in changed)
 
     def path(self, node: Node) -> str:
         """Where a node stands, for people."""

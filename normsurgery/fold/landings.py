@@ -88,7 +88,7 @@ def _product(ground: Ground, node: Node) -> Layer:
     places = PRODUCTS[node.name]
     x, weight, bias = (None if place is None else _ref(node, place) for place in places)
     assert x is not None and weight is not None
-    operand = ground.weight(weight, node)
+    operand = _unsliced(ground, node, weight)
     into, out = operand.axes[-2], operand.axes[-1]
     if node.name == "aten::linear":
         into, out = out, into
@@ -119,7 +119,7 @@ def _late_bias(ground: Ground, node: Node, weight: Operand) -> Operand | None:
     (other,) = (v for v in readers[0].inputs if v != value)
     operand = ground.flow.operand(other)
     features = weight.tensor.shape[weight.axes[-1] or 0]
-    fits = operand is not None and tuple(operand.tensor.shape) == (features,)
+    fits = operand is not None and tuple(operand.tensor.shape) == (features,) and not operand.part
     return operand if fits and ground.flow.shape(value)[-1] == features else None
 
 
@@ -130,8 +130,15 @@ def _ref(node: Node, place: int) -> int | None:
     return value
 
 
-def _whole(ground: Ground, node: Node, value: int) -> Operand:
+def _unsliced(ground: Ground, node: Node, value: int) -> Operand:
     operand = ground.weight(value, node)
+    if operand.part:
+        raise Refused(Check.COMPUTED_WEIGHT, f"{ground.path(node)} reads a part of {operand.name}")
+    return operand
+
+
+def _whole(ground: Ground, node: Node, value: int) -> Operand:
+    operand = _unsliced(ground, node, value)
     if operand.axes != tuple(range(operand.tensor.dim())):
         raise Refused(Check.COMPUTED_WEIGHT, f"{operand.name} is reshaped for {ground.path(node)}")
     return operand

@@ -3,6 +3,9 @@
 RepVGG, MobileOne, ACNet and the like, after the batch norm behind each convolution was folded into
 it. A batch norm of the input itself, which is no convolution, is one with the kernel of an
 identity. A plain residual (x + conv(x)) is no norm and stays.
+
+The forward stays as it is. The sum is put into the convolution of one branch; in the place of each
+other branch stands a module that adds nothing (neutral.py).
 """
 
 from __future__ import annotations
@@ -10,11 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from torch import fx, nn
+from torch import nn
 
-from normsurgery.find.call_sites import call_site, names_at
-from normsurgery.find.candidates import NotProven
-from normsurgery.find.events import Event
 from normsurgery.find.places import LAYERS
 from normsurgery.fold.affines import is_affine
 from normsurgery.fold.branch_checks import require_own
@@ -23,58 +23,69 @@ from normsurgery.fold.checks import Check, NoMatch
 from normsurgery.fold.ground import Ground, Refused, Run
 from normsurgery.fold.kernels import Geometry, Sizes
 from normsurgery.fold.landings import CONVOLUTION, PRODUCTS, Layer, layer
-from normsurgery.graph import Op
 from normsurgery.graph.flow import Node
-from normsurgery.graph.positions import forward_of
-from normsurgery.survey import CallSite, Origin, Site
+from normsurgery.surgery.source import tensor_at
+from normsurgery.survey import Site
 
 KIND = "sum of branches"
 VIEWS = frozenset({"aten::view", "aten::_unsafe_view", "aten::reshape"})
+ADDITIONS = frozenset({"aten::add", "aten::sub"})
 
 
 @dataclass(frozen=True)
 class Branch:
-    """One summand: a layer of torch's at `path`, or a norm of the input itself.
+    """One summand: a layer of torch's, or a norm of the input itself.
 
-    source: the value that it reads. nodes: everything it runs. normed: a norm is or was part of it.
-    between: what norms that are gone made of `source` in front of it.
+    source: the value that it reads. nodes: everything it runs. path: of the layer; of a norm, its
+    label. normed: a norm is or was part of it. sign: -1 where it is taken away. between: what norms
+    that are gone made of `source` in front of it.
     """
 
     source: int
     nodes: tuple[Node, ...]
     path: str
     normed: bool
+    sign: int = 1
     layer: Layer | None = None
     run: Run | None = None
     between: tuple[int, ...] = ()
 
+    @property
+    def essential(self) -> tuple[Node, ...]:
+        """Without the views and the norms around it."""
+        if self.layer is not None:
+            return (self.layer.node,)
+        return self.nodes if self.run is None else self.run.nodes
+
 
 @dataclass(frozen=True)
 class BranchSum:
-    """A sum of branches that are one layer together.
+    """A sum of branches that are one layer together: that of the first of them.
 
-    owner: the path of the module whose forward adds them up; `call`: where. output: the value of
-    the sum. at: for each branch, the place of its kernel in the merged one. notes: for its Step.
+    owner: the path of the module whose forward adds them up. output: the value of the sum. places:
+    the path of the module that runs each other branch and nothing else. at: for each branch, the
+    place of its kernel in the first one's. notes: for its Step.
     """
 
     owner: str
     output: int
-    paths: tuple[str, ...]
-    call: CallSite
     branches: tuple[Branch, ...]
+    places: tuple[str, ...]
     geometry: Geometry
     at: tuple[Sizes, ...]
     notes: tuple[str, ...] = ()
 
     @property
-    def label(self) -> str:
-        """As the label of the Site that its Step has."""
-        line = self.call.output.line if self.call.output is not None else "?"
-        return f"{self.owner}#line{line}"
+    def kept(self) -> Layer:
+        """The layer that the sum is put into."""
+        found = self.branches[0].layer
+        assert found is not None
+        return found
 
     @property
-    def convolutions(self) -> tuple[str, ...]:
-        return tuple(branch.path for branch in self.branches if branch.layer is not None)
+    def label(self) -> str:
+        """That of the Site which its Step has: the path of the layer that is kept."""
+        return self.branches[0].path
 
     @property
     def identities(self) -> tuple[Site, ...]:
@@ -102,9 +113,10 @@ def branch_sums(ground: Ground) -> tuple[list[BranchSum], list[Apart]]:
     """
     found: list[BranchSum] = []
     apart: list[Apart] = []
-    for output, branches in _sums(ground):
+    modules = _Places(ground)
+    for output, branches in _sums(ground, modules):
         try:
-            found.append(_branch_sum(ground, output, branches))
+            found.append(_branch_sum(ground, modules, output, branches))
         except Refused as refusal:
             apart.append(Apart(refusal.match, _identities(branches)))
     return found, apart
@@ -114,22 +126,63 @@ def _identities(branches: Sequence[Branch]) -> tuple[Site, ...]:
     return tuple(branch.run.site for branch in branches if branch.run is not None)
 
 
+# --- who runs a branch --------------------------------------------------------------------------
+
+
+class _Places:
+    """The modules of a recorded run, by what each of them runs."""
+
+    def __init__(self, ground: Ground) -> None:
+        self.ground = ground
+        self.ran: dict[int, set[int]] = {}  # id of a module -> its nodes, but views of its weights
+        for node in ground.flow.nodes:
+            if not node.outputs or not all(map(ground.flow.is_constant, node.outputs)):
+                for frame in node.frames:
+                    self.ran.setdefault(id(frame.module), set()).add(node.index)
+
+    def of(self, branch: Branch) -> nn.Module:
+        """The outermost module that runs the branch, and nothing else, and holds nothing else.
+
+        Raises Refused where there is none.
+        """
+        inside = {node.index for node in branch.nodes}
+        essential = {node.index for node in branch.essential}
+        own = _tensors_of(self.ground, branch)
+        for frame in reversed(branch.essential[0].frames):
+            ran = self.ran.get(id(frame.module), set())
+            held = {id(parameter) for parameter in frame.module.parameters()}
+            if essential <= ran <= inside and held <= own:
+                return frame.module
+        raise Refused(Check.NOT_REWRITABLE, f"no module runs {branch.path} alone")
+
+
+def _tensors_of(ground: Ground, branch: Branch) -> set[int]:
+    """The ids of the parameters of its layer and of the norms in it."""
+    sites = [] if branch.run is None else [branch.run.site]
+    inside = {node.index for node in branch.nodes}
+    for run in (ground.ends[end] for end in ground.gone):
+        sites += [run.site] if inside.issuperset(node.index for node in run.nodes) else []
+    own = {id(tensor_at(ground.model, n)) for site in sites for n in site.parameters.values()}
+    operands = () if branch.layer is None else (branch.layer.weight, branch.layer.bias)
+    return own | {id(operand.tensor) for operand in operands if operand is not None}
+
+
 # --- the sums -----------------------------------------------------------------------------------
 
 
-def _sums(ground: Ground) -> Iterator[tuple[int, list[Branch]]]:
+def _sums(ground: Ground, modules: _Places) -> Iterator[tuple[int, list[Branch]]]:
     """The output and the branches of each sum that is not part of a larger one."""
     done: set[int] = set()
     for node in reversed(ground.flow.nodes):
-        if node.name == "aten::add" and node.index not in done:
-            yield from _Tree(ground, done).found_from(node)
+        if node.name in ADDITIONS and node.index not in done:
+            yield from _Tree(ground, modules, done).found_from(node)
 
 
 class _Tree:
     """One tree of additions, read from its root."""
 
-    def __init__(self, ground: Ground, done: set[int]) -> None:
-        self.ground, self.done = ground, done
+    def __init__(self, ground: Ground, modules: _Places, done: set[int]) -> None:
+        self.ground, self.modules, self.done = ground, modules, done
         self.root = -1
         self.found: list[tuple[int, list[Branch]]] = []
 
@@ -148,6 +201,7 @@ class _Tree:
         """The branches it adds up; None where one summand is none, and the others are kept."""
         self.done.add(node.index)
         plain = node.kwargs.get("alpha", 1) == 1
+        sign = -1 if node.name == "aten::sub" else 1
         if len(node.inputs) == 1 and plain and node.args[1] == 0:  # sum() begins with 0
             return self._branches(node.inputs[0], (node,))
         shapes = {self.ground.flow.shape(value) for value in (*node.inputs, *node.outputs)}
@@ -155,10 +209,12 @@ class _Tree:
             return None
         # What is added to itself is no two branches.
         parts = [(value, self._branches(value, (node,))) for value in dict.fromkeys(node.inputs)]
-        known = [branches for _, branches in parts if branches is not None]
-        together = self._of_one_value([branch for branches in known for branch in branches])
-        if len(known) == 2 and together is not None:
-            return together
+        if len(parts) == 2 and all(branches is not None for _, branches in parts):
+            first, second = (branches or [] for _, branches in parts)
+            negated = [replace(branch, sign=sign * branch.sign) for branch in second]
+            together = self._of_one_value([*first, *negated])
+            if together is not None:
+                return together
         for value, branches in parts:
             self._keep(value, branches)
         return None
@@ -213,7 +269,7 @@ class _Tree:
         normed = value in ground.gone
         run = ground.ends.get(value)
         if run is not None and not normed:
-            return [_identity(ground, run)] if _is_affine_run(run) else None
+            return [self._identity(run)] if is_affine(run.site) else None
         while value in ground.gone:
             gone = ground.ends[value]
             value, readers, nodes = gone.start, gone.nodes, (*gone.nodes, *nodes)
@@ -221,7 +277,7 @@ class _Tree:
         node = flow.maker(value)
         if node is None:
             return None
-        if node.name == "aten::add" and not nodes:
+        if node.name in ADDITIONS and not nodes:
             return self._addition(node)
         while node is not None and node.name in VIEWS:
             ground.require_only(node.inputs[0], (node,))
@@ -231,13 +287,11 @@ class _Tree:
             return None
         return [_layer_branch(ground, node, nodes, normed)]
 
-
-def _is_affine_run(run: Run) -> bool:
-    return run.site.form == "module" and is_affine(run.site)
-
-
-def _identity(ground: Ground, run: Run) -> Branch:
-    return Branch(run.start, run.nodes, run.site.path, normed=True, run=run)
+    def _identity(self, run: Run) -> Branch:
+        """Raises Refused where no module runs the norm alone."""
+        found = Branch(run.start, run.nodes, run.site.label, normed=True, run=run)
+        self.modules.of(found)
+        return found
 
 
 def _layer_branch(ground: Ground, node: Node, after: Sequence[Node], normed: bool) -> Branch:
@@ -250,7 +304,8 @@ def _layer_branch(ground: Ground, node: Node, after: Sequence[Node], normed: boo
     if (found.into, found.out) != (1, 0):
         raise Refused(Check.AXIS, f"{where} has its weight the other way round")
     source, before = _source(ground, found, node)
-    return Branch(source, (*before, node, *after), _path(ground, module), normed, layer=found)
+    nodes = (*before, node, *after)
+    return Branch(source, nodes, _path(ground, module), normed, layer=found)
 
 
 def _source(ground: Ground, found: Layer, node: Node) -> tuple[int, list[Node]]:
@@ -267,62 +322,39 @@ def _source(ground: Ground, found: Layer, node: Node) -> tuple[int, list[Node]]:
 # --- one sum ------------------------------------------------------------------------------------
 
 
-def _branch_sum(ground: Ground, output: int, branches: Sequence[Branch]) -> BranchSum:
-    """Raises Refused where its branches are no one layer together, or not in one forward."""
-    # The largest kernel first: a tensor that is made is made like its tensors.
-    layers = [branch for branch in branches if branch.layer is not None]
-    ordered = [*layers, *(branch for branch in branches if branch.layer is None)]
-    geometry, at = merged_geometry(ground, ordered)
+def _branch_sum(
+    ground: Ground, modules: _Places, output: int, branches: Sequence[Branch]
+) -> BranchSum:
+    """Raises Refused where its branches are no one layer together, or run by no module alone."""
+    geometry, places = merged_geometry(ground, branches)
+    at = dict(zip(map(id, branches), places, strict=True))
+    kept = next((branch for branch in branches if _has_room(branch, geometry)), None)
+    if kept is None:
+        raise Refused(Check.AXIS, "none of its kernels has room for the others")
     node = ground.flow.maker(output)
     owner = None if node is None else node.module
-    if node is None or owner is None or isinstance(owner, fx.GraphModule):
+    if owner is None:
         raise Refused(Check.NOT_REWRITABLE, "the sum is made outside any forward of a module")
-    for branch in ordered:
+    for branch in branches:
         require_own(ground, branch, owner)
         for value in branch.between:
-            ground.require_only(value, [node for other in ordered for node in other.nodes])
+            ground.require_only(value, [node for other in branches for node in other.nodes])
+    others = [branch for branch in branches if branch is not kept]
+    ordered = (kept, *others)
     return BranchSum(
         owner=_path(ground, owner),
         output=output,
-        paths=ground.located.recording.paths[id(owner)],
-        call=_call(ground, owner, node, output, ordered),
-        branches=tuple(ordered),
+        branches=ordered,
+        places=tuple(_path(ground, modules.of(branch)) for branch in others),
         geometry=geometry,
-        at=at,
+        at=tuple(at[id(branch)] for branch in ordered),
     )
 
 
-def _call(
-    ground: Ground, owner: nn.Module, node: Node, output: int, branches: Sequence[Branch]
-) -> CallSite:
-    recording, source = ground.located.recording, branches[0].source
-    assert node.op is not None
-    nodes = ground.flow.between(source, output)
-    ops = tuple(part.op for part in nodes if part.op is not None)
-    event = Event(source, output, (), node.op.frames, constant=False)
-    try:
-        call = call_site(recording, owner, owner, event, output, ops, source)
-    except NotProven as error:
-        raise Refused(Check.NOT_REWRITABLE, str(error)) from error
-    if call.input.name is not None:
-        return call
-    # Local names are known where the owner itself runs an operation: at the additions.
-    frames = (op.frames[0] for op in ops if op.frames and op.frames[0].module is owner)
-    bound = {name for frame in frames for name, value in frame.names.items() if value == source}
-    # Two names of one value may be two values in another call: what is given to a branch is meant.
-    written = [name for name in _given_names(owner, ops) if name in bound]
-    if len(bound) > 1 and not written:
-        raise Refused(Check.NOT_REWRITABLE, "what its branches read has two names")
-    name = next(iter((*written, *bound)), None)
-    return call if name is None else replace(call, input=Origin(name))
-
-
-def _given_names(owner: nn.Module, ops: Sequence[Op]) -> Iterator[str]:
-    """The names in the expressions of the owner's forward that run the operations."""
-    for frame in (frame for op in ops for frame in op.frames if frame.module is owner):
-        function = None if frame.code is None else forward_of(type(owner), frame.code)
-        if function is not None:
-            yield from names_at(function, frame.span)
+def _has_room(branch: Branch, geometry: Geometry) -> bool:
+    found = branch.layer
+    kernel = () if found is None else tuple(found.weight.tensor.shape[2:])
+    return found is not None and branch.sign > 0 and kernel == geometry.kernel
 
 
 def _path(ground: Ground, module: nn.Module) -> str:

@@ -21,6 +21,7 @@ from normsurgery.fold.channels import (
     moves,
     varies,
     vector,
+    whole_before,
 )
 from normsurgery.fold.checks import Check
 from normsurgery.fold.edits import Centre, Edit
@@ -143,7 +144,9 @@ class _Walk:
         """A named tensor that is added or put beside: position embeddings, a class token."""
         reader = node
         while (maker := self.flow.maker(value)) is not None and moves(self.flow, maker):
-            found = backwards(self.flow, maker, channels, value)
+            # Of a table that is sliced, the rows that are not read are centred as well.
+            found = whole_before(self.flow, maker, channels)
+            found = backwards(self.flow, maker, channels, value) if found is None else found
             if found is None:
                 break
             value, channels = maker.inputs[0], found

@@ -17,7 +17,8 @@ from normsurgery.fold.channels import along_axis
 from normsurgery.fold.checks import Check
 from normsurgery.fold.explicit_pad import padded_readers
 from normsurgery.fold.forward import Forward
-from normsurgery.fold.ground import Ground, Landing, Refused
+from normsurgery.fold.ground import Ground, Landing, Refused, Run
+from normsurgery.fold.landings import PRODUCTS
 from normsurgery.fold.unlisted import is_unlisted
 from normsurgery.graph.flow import Operand
 from normsurgery.surgery.obstacles import lost_fact
@@ -43,11 +44,11 @@ class Proposal:
     notes: tuple[str, ...] = ()
 
 
-def into_producer(ground: Ground, site: Site) -> Proposal:
+def into_producer(ground: Ground, site: Site, runs: Sequence[Run]) -> Proposal:
     """Backwards, into whatever makes its input. Raises Refused."""
     walk = Backward(ground)
     landings: list[Landing] = []
-    for run in ground.runs[site.index]:
+    for run in runs:
         ground.require_inner(run)
         landings += walk.through_run(run, _channels(ground, site, run.start), affine_of(site))
     return Proposal(
@@ -57,14 +58,15 @@ def into_producer(ground: Ground, site: Site) -> Proposal:
         frozenset(walk.changed),
         "identity",
         gone=True,
+        notes=_rank_notes(ground, site, runs, landings),
     )
 
 
-def into_consumers(ground: Ground, site: Site) -> Proposal:
+def into_consumers(ground: Ground, site: Site, runs: Sequence[Run]) -> Proposal:
     """Forwards, into everything that reads its output. Raises Refused."""
     walk = Forward(ground)
     landings: list[Landing] = []
-    for run in ground.runs[site.index]:
+    for run in runs:
         ground.require_inner(run)
         channels = _channels(ground, site, run.end)
         landings += walk.consumers(run.end, channels, affine_of(site))
@@ -79,10 +81,11 @@ def into_consumers(ground: Ground, site: Site) -> Proposal:
         "identity" if whole else site.kind,
         {} if whole else {"affine": False},
         gone=whole,
+        notes=_rank_notes(ground, site, runs, landings),
     )
 
 
-def into_padding_consumers(ground: Ground, site: Site) -> Proposal:
+def into_padding_consumers(ground: Ground, site: Site, runs: Sequence[Run]) -> Proposal:
     """Into convolutions that pad with zeros: what is left pads in their place. Raises Refused."""
     affine = affine_of(site)
     asked = ground.choices.explicit_pad and not ground.choices.keep_classes
@@ -90,7 +93,7 @@ def into_padding_consumers(ground: Ground, site: Site) -> Proposal:
     if not asked or affine.shift is None or is_unlisted(site):
         raise Refused(Check.NO_NEIGHBOUR, "explicit padding is not asked for")
     found = []
-    for run in ground.runs[site.index]:
+    for run in runs:
         ground.require_inner(run)
         channels = _channels(ground, site, run.end)
         found.append(padded_readers(ground, run.end, channels, affine))
@@ -117,22 +120,22 @@ def into_padding_consumers(ground: Ground, site: Site) -> Proposal:
     )
 
 
-def standalone(ground: Ground, site: Site) -> Proposal:
+def standalone(ground: Ground, site: Site, runs: Sequence[Run]) -> Proposal:
     """To one multiplication and addition, where it can go nowhere. Raises Refused."""
     if site.kind == "affine" or ground.choices.keep_classes:
         raise Refused(Check.NO_NEIGHBOUR)
     if not ground.choices.untie:
-        _require_own_tensors(ground, site)
+        _require_own_tensors(ground, site, runs)
     return Proposal("standalone affine", Agreed(()), (), frozenset(), "affine")
 
 
-def _require_own_tensors(ground: Ground, site: Site) -> None:
+def _require_own_tensors(ground: Ground, site: Site, runs: Sequence[Run]) -> None:
     """An affine has tensors of its own: those of the norm are no other module's. Raises Refused.
 
     What a norm read that is gone, nobody reads any more.
     """
     gone = [ground.ends[end] for end in ground.gone]
-    nodes = {n.index for run in (*ground.runs[site.index], *gone) for n in run.nodes}
+    nodes = {n.index for run in (*runs, *gone) for n in run.nodes}
     left = tuple(f"{path}." for run in gone for path in run.site.paths if path)
     for name in (name for name in site.parameters.values() if name not in ground.created):
         operand = Operand(name, tensor_at(ground.model, name), ())
@@ -150,6 +153,20 @@ def _is_one_place(ground: Ground, first: str, second: str) -> bool:
     return own == others and ground.model.get_submodule(path) is ground.model.get_submodule(other)
 
 
+def _rank_notes(
+    ground: Ground, site: Site, runs: Sequence[Run], landings: Sequence[Landing]
+) -> tuple[str, ...]:
+    """In two dimensions axis 1 is the last one; with more the norm and a linear layer part."""
+    flat = all(len(ground.flow.shape(run.start)) == 2 for run in runs)
+    if not flat or site.settings.get("channel_axis") != 1:
+        return ()
+    linear = [landing.nodes[0] for landing in landings if landing.nodes[0].name in PRODUCTS]
+    if not linear:
+        return ()
+    where = ground.path(linear[0])
+    return (f"for two dimensions: with more, it works on axis 1 and {where} on the last",)
+
+
 def _channels(ground: Ground, site: Site, value: int) -> Tensor:
     shape = ground.flow.shape(value)
     axis = int(site.settings.get("channel_axis", 1))
@@ -160,11 +177,7 @@ def _channels(ground: Ground, site: Site, value: int) -> Tensor:
     return along_axis(shape, axis)
 
 
-Rule = Callable[[Ground, Site], Proposal]
-AFFINE_RULES: Sequence[Rule] = (
-    into_producer,
-    into_padding_consumers,
-    into_consumers,
-    standalone,
-)
+# Of one norm, and those of its runs that are meant, in one recorded call.
+Rule = Callable[[Ground, Site, Sequence[Run]], Proposal]
+AFFINE_RULES: Sequence[Rule] = (into_producer, into_padding_consumers, into_consumers)
 TAIL_RULES: Sequence[Rule] = (into_padding_consumers, into_consumers)

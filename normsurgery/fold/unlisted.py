@@ -54,6 +54,18 @@ def with_unlisted(located: Located) -> Located:
     )
 
 
+def with_unlisted_ends(located: Located) -> Located:
+    """Where such modules of the survey stand in another run, in which they do the same."""
+    there = {site.path: (site, spots) for site, spots in _found(located)}
+    ends = dict(located.ends)
+    for site in filter(is_unlisted, located.survey):
+        ends.pop(site.index, None)
+        found, spots = there.get(site.path, (site, ()))
+        if spots and found.settings == site.settings:
+            ends[site.index] = spots
+    return replace(located, ends=ends)
+
+
 def is_unlisted(site: Site) -> bool:
     """Whether the site is one that `find` does not list."""
     return "operations" in site.settings
@@ -108,7 +120,8 @@ def _found(located: Located) -> Iterator[tuple[Site, Spots]]:
 
 def _is_listed(located: Located, path: str) -> bool:
     """Whether the module is a norm, is part of one, or has one in it."""
-    names = [(site.form, name) for site in located.survey for name in site.paths]
+    listed = [site for site in located.survey if not is_unlisted(site)]
+    names = [(site.form, name) for site in listed for name in site.paths]
     return any(
         name == path
         or name.startswith(f"{path}." if path else "")

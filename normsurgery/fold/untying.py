@@ -6,66 +6,53 @@ halves would hold alike in the end stays shared; the others are steps in front o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from normsurgery.fold.checks import Check
+from normsurgery.fold.checks import NoMatch
 from normsurgery.fold.edits import Edit
-from normsurgery.fold.ground import Choices
 from normsurgery.fold.own_copies import make_copies
 from normsurgery.fold.shared_modules import possible_copies
-from normsurgery.inputs import Inputs
 from normsurgery.plan import Plan, Step
-from normsurgery.survey import Skip
 from normsurgery.treecopy import tree_copy
 
-Decide = Callable[[nn.Module], Plan]
+if TYPE_CHECKING:
+    from normsurgery.fold.planning import Planner
+    from normsurgery.fold.worklist import Key
 
 
 def with_own_copies(
-    made: Plan, model: nn.Module, inputs: Inputs, choices: Choices, decide: Decide
+    planner: Planner, made: Plan, blocked: frozenset[int], refused: Mapping[Key, NoMatch]
 ) -> Plan:
     """The plan, or where a shared module is in the way, one that gives it a copy.
 
-    made: what `decide` says of the model as it is. Without `choices.untie` it stays what it is,
-    and its refusals say what untying would cost.
+    made: the plan for the model as it is; blocked: the norms that stay because a module is called
+    again. Without `choices.untie` it stays what it is, and its refusals say what untying costs.
     """
-    blocked = _blocked(made)
-    if not blocked or choices.keep_classes:
-        return made
-    copies = possible_copies(model, inputs, first=len(made.steps) + len(made.skips))
+    copies = possible_copies(planner.model, planner.inputs, first=len(made.steps) + len(made.skips))
     if not copies:
         return made
-    better = _planned(model, copies, decide)
+    better, still = _planned(planner, copies, refused)
     needed = [step for step in copies if _is_needed(step, better)]
     if len(needed) < len(copies):
-        copies, better = needed, _planned(model, needed, decide)
-    freed = blocked - _blocked(better)
+        copies = needed
+        better, still = _planned(planner, needed, refused)
+    freed = blocked - still
     if not freed:
         return made
-    if choices.untie:
+    if planner.request.choices.untie:
         return replace(better, steps=(*copies, *better.steps))
-    return _with_hints(made, freed, copies)
+    hint = _hint(copies)
+    return planner.decided(refused, dict.fromkeys(freed, hint))[0]
 
 
-def _planned(model: nn.Module, copies: Sequence[Step], decide: Decide) -> Plan:
-    tree = tree_copy(model)
+def _planned(
+    planner: Planner, copies: Sequence[Step], refused: Mapping[Key, NoMatch]
+) -> tuple[Plan, frozenset[int]]:
+    tree = tree_copy(planner.model)
     make_copies(tree, copies, None)
-    return decide(tree)
-
-
-def _blocked(plan: Plan) -> frozenset[str]:
-    """Labels of the norms that stay, or stay an affine, because a module is called again."""
-    left = {skip.path for skip in plan.skips if _is_called_again(skip.reason)}
-    reduced = (step for step in plan.steps if any(map(_is_called_again, step.notes)))
-    return frozenset(left | {step.site.label for step in reduced})
-
-
-def _is_called_again(reason: str) -> bool:
-    return reason.startswith(Check.CALLED_AGAIN.value)
+    return planner.on(tree).decided(refused, {})
 
 
 def _is_needed(step: Step, plan: Plan) -> bool:
@@ -95,19 +82,7 @@ def _shortened(edit: Edit, prefix: str) -> Edit:
     return replace(edit, **names)
 
 
-def _with_hints(plan: Plan, freed: frozenset[str], copies: Sequence[Step]) -> Plan:
-    """The plan with what untie=True would do for the norms that it frees."""
+def _hint(copies: Sequence[Step]) -> str:
     size = sum(step.site.settings["bytes"] for step in copies)
     names = ", ".join(dict.fromkeys(step.site.settings["source"] for step in copies))
-    hint = f"untie=True gives {names} a copy for every call that needs one ({size} bytes)."
-
-    def hinted(skip: Skip) -> Skip:
-        return replace(skip, hint=hint) if skip.path in freed else skip
-
-    def noted(step: Step) -> Step:
-        if step.site.label not in freed:
-            return step
-        notes = (f"{n}. {hint}" if _is_called_again(n) else n for n in step.notes)
-        return replace(step, notes=tuple(notes))
-
-    return replace(plan, steps=tuple(map(noted, plan.steps)), skips=tuple(map(hinted, plan.skips)))
+    return f"untie=True gives {names} a copy for every call that needs one ({size} bytes)."

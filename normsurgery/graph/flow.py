@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten_with_path
 
 from normsurgery.graph.recording import FrameRecord, FunctionCall, Op, Recording, Ref, refs_in
 from normsurgery.inputs import flatten_outputs
@@ -55,19 +56,28 @@ class Operand:
     """A constant value that is one named tensor, seen through views.
 
     name: its first name. tensor: the object. axes: for each dimension of the value, the axis of
-    the tensor it runs along; None for one that was inserted.
+    the tensor it runs along; None for one that was inserted. part: some of it was left out, along
+    axes that are as long as they are.
     """
 
     name: str
     tensor: Tensor
     axes: tuple[int | None, ...]
+    part: bool = False
 
 
 class Flow:
-    """The data flow of one recording, asked for by value."""
+    """The data flow of one recording, asked for by value.
 
-    def __init__(self, recording: Recording) -> None:
+    counted: the names of the outputs that count (`outputs_of`); None: all of them. What leads to
+    none of these leads nowhere. Where the names are none of this run's, as those of a tuple and of
+    a dict are, as many count, from the first on.
+    """
+
+    def __init__(self, recording: Recording, counted: Sequence[str] | None = None) -> None:
         self.recording = recording
+        self.outputs = outputs_of(recording)
+        self.returned = frozenset(_counted(self.outputs, counted))
         self.nodes = tuple(_nodes(recording))
         self._makers = {output: node for node in self.nodes for output in node.outputs}
         self._readers: dict[int, list[Node]] = {}
@@ -114,18 +124,6 @@ class Flow:
         return self.recording.values[value].constant
 
     @cached_property
-    def returned(self) -> frozenset[int]:
-        """The values that the model gives back."""
-        root = [c for c in self.recording.module_calls if c.module is self.recording.model]
-        if not root:
-            return frozenset()
-        found = {value.value for value in _refs(root[-1].output)}
-        opaque = flatten_outputs(root[-1].output)
-        known = {id(value.tensor): n for n, value in enumerate(self.recording.values)}
-        found |= {known[id(t)] for t in opaque.values() if isinstance(t, Tensor) and id(t) in known}
-        return frozenset(found)
-
-    @cached_property
     def kept(self) -> frozenset[int]:
         """The computed values that an attribute of some module holds after the run."""
         held = {id(tensor) for tensor in tensors_of(self.recording.model)}
@@ -136,7 +134,7 @@ class Flow:
         )
 
     @cached_property
-    def _named(self) -> dict[int, int]:
+    def _roots(self) -> dict[int, int]:
         """Memory of a named tensor -> the value that first stands for it."""
         found: dict[int, int] = {}
         for number, value in enumerate(self.recording.values):
@@ -147,7 +145,7 @@ class Flow:
     def root(self, value: int) -> int | None:
         """The value of the named tensor that a constant value is a view of."""
         tensor = self.recording.values[value].tensor
-        return self._named.get(_memory(tensor)) if self.is_constant(value) else None
+        return self._roots.get(_memory(tensor)) if self.is_constant(value) else None
 
     @cached_property
     def _uses(self) -> tuple[dict[int, list[Node]], dict[int, frozenset[int]]]:
@@ -174,21 +172,21 @@ class Flow:
 
     def uses(self, operand: Operand) -> Sequence[Node]:
         """Every node that reads the tensor, under any name, through any view or computation."""
-        root = self._named.get(_memory(operand.tensor))
+        root = self._roots.get(_memory(operand.tensor))
         return () if root is None else self._uses[0].get(root, ())
 
     def is_exposed(self, operand: Operand) -> bool:
         """Whether the model gives back the tensor, or something computed from it alone."""
-        root = self._named.get(_memory(operand.tensor))
+        root = self._roots.get(_memory(operand.tensor))
         return any(root in self._sources(value, self._uses[1]) for value in self.returned)
 
     def operand(self, value: int) -> Operand | None:
-        """The named tensor behind a constant value, or None where it is computed or a part."""
+        """The named tensor behind a constant value, or None where it is computed."""
         if not self.is_constant(value):
             return None
         steps: list[Node] = []
         while (node := self.maker(value)) is not None:
-            if node.name not in _VIEWS or not node.inputs:
+            if node.name not in _VIEWS | _PARTS or not node.inputs:
                 return None
             steps.append(node)
             value = node.inputs[0]
@@ -198,16 +196,26 @@ class Flow:
         axes: tuple[int | None, ...] | None = tuple(range(found.tensor.dim()))
         for node in reversed(steps):
             axes = _moved(self, node, axes) if axes is not None else None
-        return None if axes is None else Operand(found.name, found.tensor, axes)
+        part = any(node.name in _PARTS for node in steps)
+        return None if axes is None else Operand(found.name, found.tensor, axes, part)
+
+    @cached_property
+    def named(self) -> dict[str, Tensor]:
+        """Every parameter and buffer of the model that was recorded, under each of its names."""
+        model = self.recording.model
+        buffers = dict(model.named_buffers(remove_duplicate=False))
+        return {**dict(model.named_parameters(remove_duplicate=False)), **buffers}
+
+    @cached_property
+    def _names(self) -> dict[int, tuple[str, ...]]:
+        found: dict[int, list[str]] = {}
+        for name, held in self.named.items():
+            found.setdefault(_memory(held), []).append(name)
+        return {memory: tuple(names) for memory, names in found.items()}
 
     def names(self, tensor: Tensor) -> tuple[str, ...]:
         """Every name of the tensor in the model that was recorded."""
-        model = self.recording.model
-        every = (
-            *model.named_parameters(remove_duplicate=False),
-            *model.named_buffers(remove_duplicate=False),
-        )
-        return tuple(name for name, held in every if _memory(held) == _memory(tensor))
+        return self._names.get(_memory(tensor), ())
 
 
 def _writes(node: Node) -> bool:
@@ -235,6 +243,7 @@ _RESHAPES = frozenset(
     )
 )
 _VIEWS = _SAME | _RESHAPES | {"aten::t", "aten::transpose", "aten::permute"}
+_PARTS = frozenset({"aten::slice", "aten::narrow"})
 
 
 def permutation(node: Node, rank: int) -> tuple[int, ...] | None:
@@ -252,7 +261,7 @@ def permutation(node: Node, rank: int) -> tuple[int, ...] | None:
 
 
 def _moved(flow: Flow, node: Node, axes: tuple[int | None, ...]) -> tuple[int | None, ...] | None:
-    if node.name in _SAME:
+    if node.name in _SAME | _PARTS:
         return axes
     order = permutation(node, len(axes))
     if order is not None:
@@ -291,8 +300,31 @@ def _of_call(call: FunctionCall) -> Node:
     return Node("pad", call.args, call.kwargs, given, outputs, call.frames, call.start, None)
 
 
-def _refs(tree: Any) -> list[Ref]:
-    return [Ref(value) for value in refs_in(tree)]
+def outputs_of(recording: Recording) -> dict[str, int]:
+    """The values that the model gives back, by where they stand in what it returns."""
+    root = [call for call in recording.module_calls if call.module is recording.model]
+    if not root:
+        return {}
+    output = root[-1].output
+    leaves = tree_flatten_with_path(output)[0]
+    found = {_dotted(path): leaf.value for path, leaf in leaves if isinstance(leaf, Ref)}
+    # What pytree does not know (a plain dataclass) holds the tensors themselves.
+    known = {id(value.tensor): number for number, value in enumerate(recording.values)}
+    opaque = flatten_outputs(output)
+    return {**found, **{n: known[id(t)] for n, t in opaque.items() if id(t) in known}}
+
+
+def _dotted(path: Sequence[Any]) -> str:
+    """As `hidden_states.3`; `output` for a bare tensor."""
+    names = (getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))) for key in path)
+    return ".".join(map(str, names)) or "output"
+
+
+def _counted(outputs: Mapping[str, int], names: Sequence[str] | None) -> list[int]:
+    if names is None:
+        return list(outputs.values())
+    common = [outputs[name] for name in names if name in outputs]
+    return common or list(outputs.values())[: len(names)]
 
 
 def _memory(tensor: Tensor) -> int:

@@ -12,7 +12,7 @@ import hashlib
 import inspect
 import textwrap
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, cached_property, partial
 from types import CodeType, FrameType, FunctionType, MethodType
 from typing import Any
 
@@ -69,6 +69,21 @@ def functions_within(value: Any) -> Iterator[FunctionType]:
         seen.add(id(current))
         yield current
         queue.extend(held_by(current))
+
+
+def functions_of(value: Any) -> Iterator[FunctionType]:
+    """The functions of an attribute of a class: a method, a property, what a decorator holds."""
+    if isinstance(value, property):
+        for accessor in (value.fget, value.fset, value.fdel):
+            yield from functions_within(accessor)
+    elif isinstance(value, cached_property):
+        yield from functions_within(value.func)
+    elif isinstance(value, partial):
+        yield from functions_of(value.func)
+    elif isinstance(value, (staticmethod, classmethod)):
+        yield from functions_within(value.__func__)
+    else:
+        yield from functions_within(value)
 
 
 def held_by(function: FunctionType) -> list[Any]:

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from normsurgery.errors import CannotTrace
-from normsurgery.graph.executed import Tracer
+from normsurgery.graph.lines import Lines
 from normsurgery.graph.nodes import NodeRunner, graphs_by_node
 from normsurgery.graph.positions import span_of
 from normsurgery.graph.recording import (
@@ -46,18 +46,21 @@ def record(
     *,
     training: bool = False,
     watched: frozenset[Callable[..., Any]] = frozenset(),
-    lines: bool = False,
+    meta: bool = False,
 ) -> Recording:
     """Run a tree copy of `model` once under no_grad and record it.
 
     The user's model, its buffers and the global random state are as before. `watched` are torch
-    functions whose calls are recorded whole; `lines` asks for `Recording.executed` as well.
-    Raises CannotTrace if the model does not run.
+    functions whose calls are recorded whole. `meta`: without values, in no time; a model that reads
+    a value does not run so. Raises CannotTrace if the model does not run.
     """
-    copied = tree_copy(model, clone_buffers=True)  # a forward may write them, in eval too
+    # A forward may write buffers, in eval too.
+    copied = tree_copy(model, meta=True) if meta else tree_copy(model, clone_buffers=True)
+    inputs = inputs.to(device="meta") if meta else inputs
     copied.train(training) if training else _eval_in_place(copied)
-    recording = Recording(copied, _paths(copied), training)
-    recorder = _Recorder(recording, watched, lines)
+    lines = Lines.of(copied)
+    recording = Recording(copied, _paths(copied), training, lines=lines.ran)
+    recorder = _Recorder(recording, watched)
     recorder.name_tensors(copied, inputs)
     try:
         with ExitStack() as stack:
@@ -67,8 +70,7 @@ def record(
             stack.enter_context(torch.no_grad())
             stack.enter_context(_Functions(recorder))
             stack.enter_context(_Operations(recorder))
-            if recorder.tracer is not None:
-                stack.enter_context(recorder.tracer.tracing())
+            stack.enter_context(lines.watched())
             inputs.call(copied)
     except Exception as error:  # the user's forward may raise anything
         raise CannotTrace(
@@ -95,14 +97,10 @@ def _paths(model: nn.Module) -> dict[int, tuple[str, ...]]:
 class _Recorder:
     """The state of one recording; the two modes and the module hooks report to it."""
 
-    def __init__(
-        self, recording: Recording, watched: frozenset[Callable[..., Any]], lines: bool
-    ) -> None:
+    def __init__(self, recording: Recording, watched: frozenset[Callable[..., Any]]) -> None:
         self.recording = recording
         self.watched = watched
         self._known: dict[int, int] = {}  # id(tensor) -> value
-        self.tracer = Tracer(self._known) if lines else None
-        recording.executed = self.tracer.executed if self.tracer else None
         # Frames by id; they are kept, so that an id stays theirs.
         self._frames: dict[int, tuple[FrameType, int]] = {}
         self._modules_by_frame: dict[int, tuple[FrameType, nn.Module | None]] = {}
@@ -164,8 +162,6 @@ class _Recorder:
             if isinstance(leaf, Tensor)
         )
         self.recording.ops.append(Op(index, func, referred, keywords, outputs, frames, self._call))
-        if self.tracer is not None:
-            self.tracer.operation()
         return result
 
     def function(

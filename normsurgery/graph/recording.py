@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from normsurgery.graph.executed import Executed
 from normsurgery.survey import Span
 
 
@@ -117,8 +116,7 @@ class Recording:
     """Everything one run did. `paths` holds every path that binds a module, by `id(module)`.
 
     `measured` are the values whose size some code asked for.
-    `executed` is which way the code went, where that was asked for (`graph.branches` reads it).
-    `model` is the tree copy that ran; `originals` maps `id(its module)` to the user's own module.
+    `lines` are those of its methods that ran. `model` is the tree copy that ran.
     """
 
     model: nn.Module
@@ -128,8 +126,8 @@ class Recording:
     ops: list[Op] = field(default_factory=list)
     calls: list[FunctionCall] = field(default_factory=list)
     module_calls: list[ModuleCall] = field(default_factory=list)
-    executed: Executed | None = None
     measured: set[int] = field(default_factory=set)
+    lines: Mapping[CodeType, set[int]] = field(default_factory=dict)
 
     def readers(self) -> dict[int, list[Op]]:
         """The operations that read each value."""

@@ -21,7 +21,7 @@ from normsurgery.surgery.building import (
     note,
     saved_names,
 )
-from normsurgery.surgery.forwards import placement_of, rewritten, sums_of, where_it_is_now
+from normsurgery.surgery.forwards import placement_of, rewritten
 from normsurgery.surgery.inherit import inherit, inherit_tensors, tensor_in, tie
 from normsurgery.surgery.keymap import Entries, KeyMap, Move
 from normsurgery.surgery.names import join
@@ -31,7 +31,7 @@ from normsurgery.surgery.relation import tensors_in
 from normsurgery.surgery.sharing import shared_tensors
 from normsurgery.surgery.source import module_at
 from normsurgery.surgery.tree import Bindings, paths_of, paths_of_all, replace_everywhere
-from normsurgery.survey import CallSite, Skip
+from normsurgery.survey import Skip
 
 Calls = Mapping[str, Sequence[OwnerCall]]
 
@@ -55,8 +55,6 @@ class _Progress:
     done: dict[int, Built] = field(default_factory=dict)
     refused: list[Skip] = field(default_factory=list)
     layers: list[int] = field(default_factory=list)
-    # Path of an owner whose norms were rewritten -> where other places of its forward are now.
-    followed: dict[str, Mapping[CallSite, CallSite]] = field(default_factory=dict)
 
     @property
     def carried_out(self) -> list[int]:
@@ -100,8 +98,7 @@ def apply(model: nn.Module, plan: Plan, calls: Calls | None) -> Applied:
             require_padding_held(item.step, item.source)
     around = ModuleReferences(model)
     for owner_path in dict.fromkeys(s.site.path for s in rest.values() if s.site.form != "module"):
-        following = sums_of(merges.values(), owner_path)
-        _rewrite(model, owner_path, paths[owner_path], built, calls, progress, around, following)
+        _rewrite(model, owner_path, paths[owner_path], built, calls, progress, around)
     replaced = [item for item in built.values() if item.step.site.form == "module"]
     edited = fastpath.switch_off(
         model, [item.old for item in replaced if item.step.action != "copy"]
@@ -153,28 +150,13 @@ def _merge(
     values: Mapping[str, Tensor] | None,
     progress: _Progress,
 ) -> None:
-    """Make one layer of parallel branches; where that is impossible the steps become Skips."""
+    """Put parallel branches into one; where that is impossible the steps become Skips."""
     from normsurgery.fold.merging import apply_merges
 
-    steps = [
-        where_it_is_now(step, progress.followed.get(step.site.path, {})) for step in merges.values()
-    ]
-    refused = apply_merges(model, steps, calls, values or None)
+    refused = apply_merges(model, list(merges.values()), calls, values)
     for position, step in merges.items():
-        owner = (
-            step.site.path
-            if step.edits
-            else next(
-                (
-                    s.site.path
-                    for s in steps
-                    if step.site.path in s.site.settings.get("branches", ())
-                ),
-                "",
-            )
-        )
-        if owner in refused:
-            reason = f"its forward cannot be rewritten: {refused[owner]}"
+        if step.site.label in refused:
+            reason = f"its branches stay apart: {refused[step.site.label]}"
             progress.refused.append(Skip(step.site.label, reason, "", step.site.kind))
         else:
             progress.layers.append(position)
@@ -188,7 +170,6 @@ def _rewrite(
     calls: Calls | None,
     progress: _Progress,
     around: ModuleReferences,
-    following: Sequence[CallSite],
 ) -> None:
     """Rewrite one owner with all its norms; where that is impossible its steps become Skips."""
     owner = module_at(model, owner_path)
@@ -199,17 +180,15 @@ def _rewrite(
     placements = [placement_of(item) for item in items.values()]
     shared = shared_tensors(owner, placements, around)
     try:
-        names, followed = rewritten(
+        names = rewritten(
             owner,
             list(items.values()),
             None if calls is None else calls.get(owner_path, ()),
             shared,
-            following,
         )
     except CannotRewrite as error:
         progress.refused += [cannot_rewrite(item.step, error) for item in items.values()]
         return
-    progress.followed[owner_path] = followed
     after = saved_names(owner)
     gone = before - after
     for (position, item), name in zip(items.items(), names, strict=True):

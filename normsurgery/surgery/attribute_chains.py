@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from normsurgery.graph.positions import functions_within, held_by, syntax_of
+from normsurgery.graph.positions import functions_of, held_by, syntax_of
 
 Chain = tuple[str, ...]
 Chains = frozenset[Chain]
@@ -134,21 +134,6 @@ def _calls(node: ast.AST, name: str) -> bool:
 
 
 # --- the functions that names stand for -----------------------------------------------------------
-
-
-def functions_of(value: Any) -> Iterator[FunctionType]:
-    """The functions of an attribute of a class: a method, a property, what a decorator holds."""
-    if isinstance(value, property):
-        for accessor in (value.fget, value.fset, value.fdel):
-            yield from functions_within(accessor)
-    elif isinstance(value, functools.cached_property):
-        yield from functions_within(value.func)
-    elif isinstance(value, functools.partial):
-        yield from functions_of(value.func)
-    elif isinstance(value, (staticmethod, classmethod)):
-        yield from functions_within(value.__func__)
-    else:
-        yield from functions_within(value)
 
 
 def functions_named(owner: type, name: str, held: Mapping[str, Any]) -> Iterator[FunctionType]:

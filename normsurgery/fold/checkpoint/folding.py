@@ -25,7 +25,7 @@ from normsurgery.fold.checkpoint.evaluating import Evaluation, refuse_created
 from normsurgery.fold.checkpoint.keys import read_names
 from normsurgery.fold.checkpoint.layout import Layout, read_layout, read_object
 from normsurgery.fold.checkpoint.neutral import edits_of, without_neutral
-from normsurgery.fold.checkpoint.others import TIED, write_others, write_record
+from normsurgery.fold.checkpoint.others import write_others, write_record
 from normsurgery.fold.checkpoint.proving import prove
 from normsurgery.fold.checkpoint.reading import same_bytes
 from normsurgery.fold.checkpoint.resuming import (
@@ -38,6 +38,7 @@ from normsurgery.fold.checkpoint.resuming import (
 )
 from normsurgery.fold.checkpoint.streaming import OutputShard, planned_outputs, write_shard
 from normsurgery.fold.ground import Choices
+from normsurgery.fold.untied_flags import TIED
 from normsurgery.inputs import Inputs, as_inputs, infer, parse
 from normsurgery.plan import Plan, versions
 from normsurgery.report import Report
@@ -57,6 +58,7 @@ def fold_checkpoint(
     only: Sequence[str | int] = (),
     exclude: Sequence[str | int] = (),
     choices: Choices | None = None,
+    calls: Sequence[Any] = (),
     plan: Plan | None = None,
     inputs: Any = None,
     drop: bool = False,
@@ -72,8 +74,8 @@ def fold_checkpoint(
     leaves `OUT.partial`, and the same call takes it up; OUT appears whole, after the proof.
 
     Args:
-        kind, only, exclude, choices, inputs: as of `plan_fold`; classes are always kept. A tied
-            tensor is made two (`choices.untie`) by adding the second to the last shard.
+        kind, only, exclude, choices, calls, inputs: as of `plan_fold`; classes are always kept. A
+            tied tensor is made two (`choices.untie`) by adding the second to the last shard.
         plan: Steps with Edits made before, instead of planning.
         drop: leave out the tensors of folded norms, which are neutral. Who loads the result must
             know that they are.
@@ -93,7 +95,7 @@ def fold_checkpoint(
     given = _inputs(model, inputs, seed)
     names = read_names(model, layout)
     if plan is None:
-        plan = _planned(model, given, kind, only, exclude, choices)
+        plan = _planned(model, given, kind, only, exclude, choices, calls)
         plan = without_neutral(plan, layout, names)
     evaluation = Evaluation(edits_of(plan), names, layout.entries)
     if not evaluation.edits:
@@ -110,7 +112,7 @@ def fold_checkpoint(
             _write(outputs, evaluation, place, progress)
             write_others(layout, outputs, evaluation, place)
             if verify:
-                evidence = _proven(layout, place, evaluation, outputs, given, seed, progress)
+                evidence = _proven(layout, place, evaluation, outputs, given, plan, seed, progress)
         left_out = evaluation.left_out(drop)
         notes = tuple(_notes(layout, evaluation, left_out))
         report = Report("fold", plan, KeyMap(plan, dropped=left_out), evidence, versions(), notes)
@@ -126,13 +128,15 @@ def plan_checkpoint(
     only: Sequence[str | int] = (),
     exclude: Sequence[str | int] = (),
     choices: Choices | None = None,
+    calls: Sequence[Any] = (),
     inputs: Any = None,
     seed: int = 0,
 ) -> Plan:
     """What `fold_checkpoint` would do: from headers, the meta model and the norms' own tensors."""
     layout = _readable(Path(directory))
     model = _planning_model(Path(directory))
-    plan = _planned(model, _inputs(model, inputs, seed), kind, only, exclude, choices)
+    given = _inputs(model, inputs, seed)
+    plan = _planned(model, given, kind, only, exclude, choices, calls)
     return without_neutral(plan, layout, read_names(model, layout))
 
 
@@ -143,12 +147,15 @@ def _planned(
     only: Sequence[str | int],
     exclude: Sequence[str | int],
     choices: Choices | None,
+    calls: Sequence[Any],
 ) -> Plan:
     from normsurgery.fold.planning import plan_fold
 
     kept = replace(choices or Choices(), keep_classes=True)
     on_meta = inputs.to(device="meta")
-    return plan_fold(model, on_meta, kind=kind, only=only, exclude=exclude, choices=kept)
+    return plan_fold(
+        model, on_meta, kind=kind, only=only, exclude=exclude, choices=kept, calls=calls
+    )
 
 
 def _meta_model(source: Path) -> nn.Module:
@@ -286,6 +293,7 @@ def _proven(
     evaluation: Evaluation,
     outputs: tuple[OutputShard, ...],
     inputs: Inputs,
+    plan: Plan,
     seed: int,
     progress: Progress,
 ) -> Evidence:
@@ -299,6 +307,7 @@ def _proven(
             [output for shard in outputs for output in shard.outputs],
             written.entries,
             inputs,
+            changes=[path for step in plan.steps for path in step.changes],
             seed=seed,
             described=" ".join(inputs.spelling),
             progress=lambda done, total: progress("verify", done, total),

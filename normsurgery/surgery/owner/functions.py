@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from normsurgery.graph.positions import functions_within
-from normsurgery.surgery.attribute_chains import functions_of
+from normsurgery.graph.positions import functions_of, functions_within
 
 
 def rewrapped(

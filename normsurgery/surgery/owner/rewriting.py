@@ -50,13 +50,11 @@ class Rewriting:
 
     moved: tensors (dotted names below the owner) that the new norms take over and that leave it.
     kept: tensors of the old norms that stay because other code reads them, with that reason.
-    followed: other places in the old forward that were asked about -> where they are in the new.
     """
 
     forward: Callable[..., Any]
     moved: tuple[str, ...] = ()
     kept: Mapping[str, str] = field(default_factory=dict)
-    followed: Mapping[CallSite, CallSite] = field(default_factory=dict)
 
 
 def tensor_names(owner: nn.Module, placement: Placement) -> dict[str, str]:

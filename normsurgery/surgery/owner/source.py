@@ -22,29 +22,21 @@ from normsurgery.errors import CannotRewrite
 from normsurgery.graph.positions import functions_within, source_hash, syntax_of
 from normsurgery.surgery.attribute_chains import Definition
 from normsurgery.surgery.owner.edit import Target, edit
-from normsurgery.surgery.owner.following import followed, places_of
 from normsurgery.surgery.owner.functions import dressed, rewrapped
 from normsurgery.surgery.owner.install import original_class
 from normsurgery.surgery.owner.rewriting import Placement, Rewriting, check_distinct, tensor_names
 from normsurgery.surgery.owner.still_read import still_read
-from normsurgery.survey import CallSite
 
 FUTURES = sum(getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
 _numbers = itertools.count()
 
 
-def rewriting(
-    owner: nn.Module, placements: Sequence[Placement], following: Sequence[CallSite] = ()
-) -> Rewriting:
-    """The owner's forward with every placement's expression replaced. Raises CannotRewrite.
-
-    following: other places in that forward, to be known in the new one (`Rewriting.followed`).
-    """
+def rewriting(owner: nn.Module, placements: Sequence[Placement]) -> Rewriting:
+    """The owner's forward with every placement's expression replaced. Raises CannotRewrite."""
     check_distinct(placements)
     outer, inner = located(owner, placements[0])
     definition = _syntax(inner)
     names = [tensor_names(owner, placement) for placement in placements]
-    places = places_of(definition, following)
     edit(
         definition,
         [
@@ -59,7 +51,6 @@ def rewriting(
         forward=rewrapped(outer, inner, function, {}),
         moved=tuple(name for name in tensors if name not in read),
         kept={name: f"{where} reads it" for name, where in read.items()},
-        followed=followed(following, places, definition, function),
     )
 
 

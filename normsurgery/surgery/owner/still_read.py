@@ -7,6 +7,7 @@ from types import FunctionType
 
 from torch import nn
 
+from normsurgery.graph.positions import functions_of
 from normsurgery.surgery.attribute_chains import (
     EVERY,
     Chain,
@@ -14,7 +15,6 @@ from normsurgery.surgery.attribute_chains import (
     Definition,
     chains_in,
     chains_of,
-    functions_of,
     functions_used,
 )
 
