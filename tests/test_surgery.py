@@ -624,6 +624,47 @@ def test_an_instance_level_forward_is_a_skip() -> None:
     assert reasons["plain"]
 
 
+class RootMeanSquare(nn.Module):
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(features) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+class Standardized(RootMeanSquare):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x - x.mean(-1, keepdim=True)
+        return super().forward(x)
+
+
+class WholeTensor(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - x.mean()) / (x.var(unbiased=False) + 1e-5).sqrt()
+
+
+SHAPES = [(1,), (1, 1), (2, 1), (0, 1), (1, 1, 1), (2, 0, 1), (2,), (0, 2)]
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, ()], ids=str)
+def test_degenerate_shapes_are_found_and_swapped_or_refused(shape: tuple[int, ...]) -> None:
+    """One feature, one element, none, a scalar: a proof must not divide by their number or take
+    an axis that is not there."""
+    models: list[nn.Module] = [WholeTensor()]
+    if shape:
+        norms = (RootMeanSquare, Standardized, nn.LayerNorm, nn.RMSNorm)
+        models += [nn.Sequential(norm(shape[-1]), nn.Identity()) for norm in norms]
+    for model in models:
+        x = torch.randn(shape)
+        ns.find(model.eval(), (x,))
+        for to in ("layernorm", "rmsnorm", "groupnorm", "batchnorm", "identity"):
+            try:
+                ns.swap(model, to, inputs=(x,))
+            except ns.NormsurgeryError as refusal:
+                assert str(refusal).endswith(".")
+
+
 # Calibration and the report
 
 

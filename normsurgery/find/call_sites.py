@@ -115,9 +115,9 @@ def _in_frame(op: Op, serial: int) -> FrameRecord | None:
 def _is_value_of(recording: Recording, output: int, frame: FrameRecord) -> bool:
     """The output is what the expression gives: nothing later belongs to the same expression."""
     made_by = recording.values[output].op
-    later = recording.ops[made_by + 1 :] if made_by is not None else []
-    for op in later:
-        found = _in_frame(op, frame.serial)
+    first = len(recording.ops) if made_by is None else made_by + 1
+    for index in range(first, len(recording.ops)):
+        found = _in_frame(recording.ops[index], frame.serial)
         if found is not None:
             return found.span != frame.span
     return True

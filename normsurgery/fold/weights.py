@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,9 @@ from normsurgery.fold.edits import Create, Drop, Edit, reads
 from normsurgery.plan import MERGED, Step
 from normsurgery.surgery.owner.biases import give_biases
 from normsurgery.surgery.source import module_at, tensor_at
+
+# Registry of a module and name in it, of each place that binds a tensor, by the `id` of that.
+Slots = dict[int, list[tuple[dict[str, Any], str]]]
 
 
 def edit_weights(model: nn.Module, steps: Sequence[Step]) -> dict[str, Tensor]:
@@ -31,8 +34,9 @@ def edit_weights(model: nn.Module, steps: Sequence[Step]) -> dict[str, Tensor]:
     # The branches get what the norms make of them: the merge is proven on them.
     apart, late = _before_merges(steps)
     made = made_by(apart)
+    slots = slots_of(model)
     for name, result in (edited(apart, before) if late else results).items():
-        bind(model, name, result, None if name in made else before[name])
+        bind(model, name, result, None if name in made else before[name], slots)
     _give_to_graphs(model, apart)
     return {name: results[name] for name in late if name in results}
 
@@ -75,8 +79,13 @@ def _give_to_graphs(model: nn.Module, steps: Sequence[Step]) -> None:
         )
 
 
-def bind(model: nn.Module, name: str, value: Tensor, old: Tensor | None) -> None:
-    """Put a tensor wherever the old one is bound; a new name gets a parameter of its own."""
+def bind(
+    model: nn.Module, name: str, value: Tensor, old: Tensor | None, slots: Slots | None = None
+) -> None:
+    """Put a tensor wherever the old one is bound; a new name gets a parameter of its own.
+
+    slots: of the model before any of its tensors is replaced, where many are.
+    """
     if old is None:
         path, _, attribute = name.rpartition(".")
         module = module_at(model, path)
@@ -88,13 +97,17 @@ def bind(model: nn.Module, name: str, value: Tensor, old: Tensor | None) -> None
     if isinstance(old, nn.Parameter):
         new = nn.Parameter(value, requires_grad=old.requires_grad)
         new.__dict__.update(vars(old))
-    for registry, attribute in _slots(model, old):
+    bound = slots_of(model) if slots is None else slots
+    for registry, attribute in bound.pop(id(old), ()):
         registry[attribute] = new
 
 
-def _slots(model: nn.Module, tensor: Tensor) -> Iterator[tuple[dict[str, Any], str]]:
+def slots_of(model: nn.Module) -> Slots:
+    """Where each tensor is bound, by the `id` of it."""
+    found: Slots = {}
     for module in model.modules():
-        for registry in (module._parameters, module._buffers):
+        registries: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for registry in registries:
             for name, held in registry.items():
-                if held is tensor:
-                    yield registry, name
+                found.setdefault(id(held), []).append((registry, name))
+    return found

@@ -30,7 +30,7 @@ from normsurgery.surgery.references import ModuleReferences
 from normsurgery.surgery.relation import tensors_in
 from normsurgery.surgery.sharing import shared_tensors
 from normsurgery.surgery.source import module_at
-from normsurgery.surgery.tree import names_of, paths_of, replace_everywhere
+from normsurgery.surgery.tree import Bindings, paths_of, paths_of_all, replace_everywhere
 from normsurgery.survey import Skip
 
 Calls = Mapping[str, Sequence[OwnerCall]]
@@ -90,9 +90,8 @@ def apply(model: nn.Module, plan: Plan, calls: Calls | None) -> Applied:
         waiting = edit_weights(model, tuple(rest.values()))
     merges = {n: step for n, step in rest.items() if step.rule == MERGED}
     rest = {n: step for n, step in rest.items() if n not in merges}
-    paths = {
-        step.site.path: paths_of(model, module_at(model, step.site.path)) for step in rest.values()
-    }
+    every = paths_of_all(model)
+    paths = {step.site.path: every[id(module_at(model, step.site.path))] for step in rest.values()}
     built = {n: built_step(model, step, plan.init) for n, step in rest.items()}
     if calls is not None:
         for item in built.values():
@@ -106,13 +105,17 @@ def apply(model: nn.Module, plan: Plan, calls: Calls | None) -> Applied:
     )
     modules = {n: item for n, item in built.items() if item.step.site.form == "module"}
     padding = {n: item for n, item in modules.items() if "pad" in item.step.options}
+    bindings = Bindings(model)
     for position, item in modules.items():
         if position not in padding:
-            model = _replace(model, position, item, paths[item.step.site.path], progress)
+            aliases = paths[item.step.site.path]
+            model = _replace(model, position, item, aliases, progress, bindings)
     _merge(model, merges, calls, waiting, progress)
     # Branches are merged, and proven to be one layer, as they pad; only then is that taken away.
+    bindings = Bindings(model)
     for position, item in padding.items():
-        model = _replace(model, position, item, paths[item.step.site.path], progress)
+        aliases = paths[item.step.site.path]
+        model = _replace(model, position, item, aliases, progress, bindings)
     if not progress.refused:  # a merged layer may not be there, and the plan is made again
         for item in padding.values():
             without_padding(model, item.step.options)
@@ -209,12 +212,13 @@ def _replace(
     item: Built,
     aliases: Sequence[str],
     progress: _Progress,
+    bindings: Bindings,
 ) -> nn.Module:
     """Put the new module wherever the old one is bound; returns the root."""
     before = saved_names(item.old)
     if item.step.action != "copy":
         inherit(item.source.tensors, item.old, item.new, moved_names(item))
-    model = replace_everywhere(model, item.old, item.new)
+    model = bindings.replace(model, item.old, item.new)
     progress.done[position] = item
     gone = before - note(position, item, aliases, progress.entries, "", set())
     progress.entries.dropped += [join(path, name) for path in aliases for name in sorted(gone)]
@@ -261,6 +265,7 @@ def _restore_ties(model: nn.Module, done: Sequence[Built]) -> None:
     A new module may hold several tensors that came from one old one (an ensemble's members). They
     stay apart: the first is the one that is tied to whatever the old tensor was tied to.
     """
+    bound = {id(tensor) for tensor in tensors_in(model).values()}
     slots: dict[tuple[int, float, int], list[tuple[nn.Module, str]]] = {}
     olds: dict[int, Tensor] = {}
     for item in done:
@@ -270,7 +275,7 @@ def _restore_ties(model: nn.Module, done: Sequence[Built]) -> None:
                 places = slots.setdefault((id(old), offset, rank), [])
                 places += [(item.new, name) for name in names]
     for (identity, offset, rank), places in slots.items():
-        stays = offset == 0.0 and rank == 0 and bool(names_of(model, olds[identity]))
+        stays = offset == 0.0 and rank == 0 and identity in bound
         if stays or len(places) > 1:
             tie(places, olds[identity] if stays else tensor_in(*places[0]))
 
