@@ -14,6 +14,7 @@ from normsurgery.fold.neutral import NeutralBranch
 from normsurgery.fold.parallel_branches import KIND, Apart, BranchSum, branch_sums
 from normsurgery.fold.preconditions import require
 from normsurgery.surgery.obstacles import lost_fact, obstacle
+from normsurgery.surgery.owner.install import is_rewritten
 from normsurgery.surgery.references import ModuleReferences
 from normsurgery.survey import Site
 
@@ -55,6 +56,10 @@ class Merging:
     def _require_accepted(self, found: BranchSum) -> None:
         """Raises Refused where something else needs a branch."""
         ground = self.ground
+        if is_rewritten(self.model.get_submodule(found.owner)):
+            # What was a call when the norms around it were decided would be a branch now.
+            where = f"that of {found.owner or 'the model'} was rewritten before"
+            raise Refused(Check.NOT_REWRITABLE, where)
         for site in found.identities:
             require(ground, self.model, site, self.around)
         for path in found.places:
