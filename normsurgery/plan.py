@@ -28,7 +28,7 @@ LAYER_RULES = frozenset({BAKED, INFERENCE_FORM})
 class Step:
     """One site and what is done to it.
 
-    action: "swap" builds the new norm by a conversion. A norm swapped to its own kind changes no
+    action: "swap" builds the new norm by a conversion. What is of its kind's own class changes no
         bit: "copy" puts a copy of the very module in its place, "replay" a module that runs the
         very operations of a formula. "fold" changes other weights by `edits`, and then builds
         what is left of the norm by a conversion.

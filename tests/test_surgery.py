@@ -624,6 +624,45 @@ def test_an_instance_level_forward_is_a_skip() -> None:
     assert reasons["plain"]
 
 
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return x * self.norm.weight
+
+
+class BySuper(Scaled):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().scaled(self.norm(x))
+
+
+def decorated(function: Any) -> Any:
+    """Without functools.wraps: only its closure tells of what it runs."""
+
+    def run(self: nn.Module, x: Tensor) -> Any:
+        return function(self, x)
+
+    return run
+
+
+class ByDecorator(Scaled):
+    @decorated
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.norm
+        return layer(x) * layer.bias
+
+
+@pytest.mark.parametrize(
+    ("cls", "read"), [(BySuper, "self.norm.weight"), (ByDecorator, "self.norm.bias")]
+)
+def test_a_read_is_seen_through_super_and_a_decorator(cls: type[nn.Module], read: str) -> None:
+    """The forward would go on with the old norm's tensors, or fail on a new one without them."""
+    with pytest.raises(UsageError, match=f"reads {read}"):
+        plan(ns.find(cls(), TOKENS), cls(), "identity")
+
+
 class RootMeanSquare(nn.Module):
     def __init__(self, features: int) -> None:
         super().__init__()

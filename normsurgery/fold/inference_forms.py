@@ -17,8 +17,9 @@ from normsurgery.norms.neuronwise import Neuronwise
 from normsurgery.plan import INFERENCE_FORM, Step
 from normsurgery.spec import Fidelity, NormSpec
 from normsurgery.surgery.inherit import hooks, tensor_in, tie
+from normsurgery.surgery.references import ModuleReferences
 from normsurgery.surgery.source import module_at
-from normsurgery.surgery.tree import held_elsewhere, replace_everywhere
+from normsurgery.surgery.tree import replace_everywhere
 from normsurgery.survey import Site, Skip, Survey
 
 
@@ -105,7 +106,7 @@ def _without_idle_taps(model: nn.Module) -> nn.Module:
 
 def _step(model: nn.Module, module: nn.Module, spec: NormSpec, site: Site) -> Step | NoMatch:
     assert spec.strip is not None
-    holder = held_elsewhere(model, module)
+    holder = ModuleReferences(model).holder_of(module)
     if holder is not None:
         where = f"it is also held by {holder}, outside the module tree"
         return NoMatch(Check.NOT_REWRITABLE, where)

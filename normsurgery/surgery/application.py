@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from normsurgery.errors import CannotRewrite
 from normsurgery.fold.channel_pad import without_padding
@@ -21,11 +22,11 @@ from normsurgery.surgery.building import (
     note,
     saved_names,
 )
-from normsurgery.surgery.forwards import placement_of, rewritten
 from normsurgery.surgery.inherit import inherit, inherit_tensors, tensor_in, tie
 from normsurgery.surgery.keymap import Entries, KeyMap, Move
 from normsurgery.surgery.names import join
-from normsurgery.surgery.owner import OwnerCall
+from normsurgery.surgery.owner import OwnerCall, Placement, reapply, rewrite_owner
+from normsurgery.surgery.owner.graphs import rewrite_graph_module
 from normsurgery.surgery.references import ModuleReferences
 from normsurgery.surgery.relation import tensors_in
 from normsurgery.surgery.sharing import shared_tensors
@@ -177,15 +178,11 @@ def _rewrite(
     before = saved_names(owner)
     for item in items.values():
         inherit_tensors(item.source.tensors, owner, item.new, moved_names(item))
-    placements = [placement_of(item) for item in items.values()]
+    placements = [Placement(i.step.site, i.step.child, i.new, i.source) for i in items.values()]
     shared = shared_tensors(owner, placements, around)
+    recorded = None if calls is None else calls.get(owner_path, ())
     try:
-        names = rewritten(
-            owner,
-            list(items.values()),
-            None if calls is None else calls.get(owner_path, ()),
-            shared,
-        )
+        names = _rewritten(owner, placements, recorded, shared, [i.step for i in items.values()])
     except CannotRewrite as error:
         progress.refused += [cannot_rewrite(item.step, error) for item in items.values()]
         return
@@ -195,6 +192,33 @@ def _rewrite(
         progress.done[position] = item
         gone -= note(position, item, aliases, progress.entries, f"{name}.", after)
     progress.entries.dropped += [join(path, name) for path in aliases for name in sorted(gone)]
+
+
+def _rewritten(
+    owner: nn.Module,
+    placements: Sequence[Placement],
+    calls: Sequence[OwnerCall] | None,
+    shared: Mapping[str, str],
+    steps: Sequence[Step],
+) -> Sequence[str]:
+    """Rewrite the forward of one owner; returns the names of the new norms in it."""
+    if isinstance(owner, fx.GraphModule):
+        replacements = [(placement.site, placement.module) for placement in placements]
+        return rewrite_graph_module(owner, replacements, kept=shared)
+    if calls is None:
+        reapply(owner, placements, shared=shared)
+    elif _is_without_values(owner, calls):
+        raise CannotRewrite("it has no values (meta device) to prove a rewritten forward on")
+    else:
+        # A fold holds in eval mode, and that is where the rewritten forward must agree.
+        modes = (False,) if all(step.action == "fold" for step in steps) else (False, True)
+        rewrite_owner(owner, placements, calls, modes=modes, shared=shared)
+    return [placement.name for placement in placements]
+
+
+def _is_without_values(owner: nn.Module, calls: Sequence[OwnerCall]) -> bool:
+    leaves = tree_leaves(([(call.args, call.kwargs) for call in calls], tensors_in(owner)))
+    return any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves)
 
 
 def _is_call_of(item: Built, owner_path: str) -> bool:

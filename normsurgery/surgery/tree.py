@@ -40,9 +40,7 @@ def paths_of_all(model: nn.Module) -> dict[int, list[str]]:
 
 def replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
     """Bind `new` wherever `old` is registered, in its position; returns the (new) root."""
-    for parent, name in bindings(model, old):
-        parent._modules[name] = new
-    return new if model is old else model
+    return Bindings(model).replace(model, old, new)
 
 
 class Bindings:
@@ -70,16 +68,9 @@ class Bindings:
         return root
 
 
-def held_elsewhere(model: nn.Module, wanted: nn.Module) -> str | None:
-    """Where `wanted` is held outside the module tree (a plain list, a partial, a bound method).
-
-    A replacement in the tree would not reach such a reference, and the forward may go on using it.
-    """
-    return holders(model).get(id(wanted))
-
-
 def holders(model: nn.Module) -> dict[int, str]:
-    """For every module that another one holds outside the module tree, by `id`, where first."""
+    """For every module that another one holds outside the module tree, by `id`, where first: in a
+    plain list, a partial, a bound method. A replacement in the tree would not reach it there."""
     found: dict[int, str] = {}
     for path, module in model.named_modules():
         for name, value in vars(module).items():

@@ -19,7 +19,7 @@ from normsurgery.errors import CannotRewrite
 from normsurgery.graph import positions
 from normsurgery.spec import Source
 from normsurgery.surgery.owner import OwnerCall, Placement, rewrite_owner
-from normsurgery.survey import CallSite, Origin, Site
+from normsurgery.survey import CallSite, Origin, Site, Span
 
 
 def inner_forward(cls: type) -> object:
@@ -34,7 +34,7 @@ def spans(function, text: str):
     tree = positions.syntax_of(function)
     wanted = ast.unparse(ast.parse(text))
     return [
-        positions.span_at(node)
+        Span(node.lineno, node.col_offset, node.end_lineno, node.end_col_offset)
         for node in ast.walk(tree)
         if isinstance(node, (ast.expr, ast.AugAssign))
         and isinstance(getattr(node, "ctx", ast.Load()), ast.Load)

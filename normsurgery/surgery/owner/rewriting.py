@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from normsurgery.errors import CannotRewrite
 from normsurgery.spec import Source
+from normsurgery.surgery.relation import tensors_in
 from normsurgery.survey import CallSite, Site
 
 
@@ -90,7 +91,7 @@ def check_distinct(placements: Sequence[Placement]) -> None:
 
 
 def _relative(owner: nn.Module, full_name: str, paths: Sequence[str]) -> str | None:
-    tensors = _all_tensors(owner)
+    tensors = tensors_in(owner)
     for path in paths:
         prefix = f"{path}." if path else ""
         name = full_name.removeprefix(prefix)
@@ -100,11 +101,4 @@ def _relative(owner: nn.Module, full_name: str, paths: Sequence[str]) -> str | N
 
 
 def _name_of(owner: nn.Module, tensor: Tensor | None) -> str | None:
-    return next((name for name, own in _all_tensors(owner).items() if own is tensor), None)
-
-
-def _all_tensors(owner: nn.Module) -> dict[str, Tensor]:
-    return {
-        **dict(owner.named_parameters(remove_duplicate=False)),
-        **dict(owner.named_buffers(remove_duplicate=False)),
-    }
+    return next((name for name, own in tensors_in(owner).items() if own is tensor), None)
