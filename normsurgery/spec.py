@@ -100,6 +100,10 @@ class Source:
         return float(self.settings["eps"])
 
 
+# (scale, shift) per channel, either None where it is neutral; None where it is no such thing.
+ScaleAndShift = tuple["Tensor | None", "Tensor | None"] | None
+AffineOf = Callable[[Mapping[str, "Tensor"], Mapping[str, Any]], ScaleAndShift]
+
 FidelityOf = Callable[[Source, Mapping[str, Any]], Fidelity]
 
 
@@ -180,8 +184,14 @@ class NormSpec:
     hypotheses: the Readings (without `eps`) that a hand-written module could have, given its input
         shape and its tensors' shapes by name; the proof of `find` tries each. None: never proven.
     conversions: by source kind; "*" stands for every kind that has no entry of its own.
-    as_affine: eval-mode (scale, shift) per channel as float64 tensors of shape (features,), or
-        None, and then `why_not_affine` says why.
+    affine: what it is in eval, of its float64 tensors by role and its settings: a scale and a shift
+        of shape (features,) or of one element, either None where it is neutral; None where with
+        these tensors it is no scale and shift. It is also called with vectors of ones, only to
+        learn which of the two there are and which settings it reads. Where there is no `affine`,
+        `why_not_affine` says why.
+    centre: the role of the statistic that is subtracted from the input before anything else in
+        eval, so that it can take up a shift of the input.
+    without_mean: the norm that it is where the mean over its channels is zero already.
     tail: its weight and bias (roles of these names) come last, per channel, so that they can be
         folded into whatever reads the output.
     strip: the plain module that computes the same forward, for `fold`, or None.
@@ -203,8 +213,10 @@ class NormSpec:
     hypotheses: (
         Callable[[tuple[int, ...], Mapping[str, tuple[int, ...]]], Iterator[Reading]] | None
     ) = None
-    as_affine: Callable[[nn.Module], tuple[Tensor, Tensor]] | None = None
+    affine: AffineOf | None = None
     why_not_affine: str = ""
+    centre: str = ""
+    without_mean: str = ""
     tail: bool = False
     strip: Callable[[nn.Module], nn.Module] | None = None
     random: bool = False
@@ -221,8 +233,27 @@ class NormSpec:
         }
         return self.formula(x.double(), tensors, reading.settings, module.training)
 
+    def scale_and_shift(
+        self, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]
+    ) -> ScaleAndShift:
+        """What it is in eval, else what comes last in it; None where that is neither."""
+        whole = None if self.affine is None else self.affine(tensors, settings)
+        if whole is None and self.tail:
+            return weight_and_bias(tensors, settings)
+        return whole
+
     def conversion(self, kind: str) -> Conversion | None:
         return self.conversions.get(kind, self.conversions.get("*"))
+
+
+def weight_and_bias(
+    tensors: Mapping[str, Tensor], settings: Mapping[str, Any]
+) -> tuple[Tensor | None, Tensor | None]:
+    """`weight + weight_offset` and `bias`, each None where there is no such tensor."""
+    weight = tensors.get("weight")
+    if weight is not None:
+        weight = weight + settings.get("weight_offset", 0.0)
+    return weight, tensors.get("bias")
 
 
 def _attribute(module: nn.Module, dotted: str) -> Any:

@@ -13,7 +13,7 @@ from normsurgery.fold.checks import NoMatch
 from normsurgery.fold.ground import Ground, Refused
 from normsurgery.fold.residual_stream import is_candidate, stream_of
 from normsurgery.plan import Step
-from normsurgery.spec import Fidelity
+from normsurgery.spec import Fidelity, get
 from normsurgery.survey import Site, Skip
 
 
@@ -29,7 +29,7 @@ def centre(
     allowed: the sites that may be folded. decided: what becomes of each site, which is changed.
     """
     made = decided[site.index]
-    done = isinstance(made, Step) and made.to == "rmsnorm"
+    done = isinstance(made, Step) and made.to == get(site.kind).without_mean
     if done or not is_candidate(site) or not ground.runs[site.index]:
         return
     try:
@@ -72,7 +72,7 @@ def _as_rmsnorm(ground: Ground, site: Site, made: Step | Skip) -> Step | None:
     whole = folded or "weight" not in site.parameters
     return Step(
         site=site,
-        to=site.kind if ground.choices.keep_classes else "rmsnorm",
+        to=site.kind if ground.choices.keep_classes else get(site.kind).without_mean,
         options={} if ground.choices.keep_classes or not whole else {"affine": False},
         fidelity=Fidelity.EVAL,
         action="fold",

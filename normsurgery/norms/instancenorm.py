@@ -46,8 +46,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normsurgery.errors import CannotConvert
-from normsurgery.norms.batchnorm import STATISTICS, scale_and_shift
+from normsurgery.norms.batchnorm import STATISTICS, affine
 from normsurgery.norms.carry import (
     along,
     channels,
@@ -114,24 +113,6 @@ def hypotheses(shape: tuple[int, ...], tensors: Mapping[str, tuple[int, ...]]) -
     for roles in (("weight", "bias"), ("weight",), ("bias",), ()):
         for names in permutations(fitting, len(roles)):
             yield Reading(dict(zip(roles, names, strict=True)), settings)
-
-
-def as_affine(module: nn.Module) -> tuple[Tensor, Tensor]:
-    """Scale and shift of an instance norm with running statistics in eval, float64, (features,).
-
-    Raises CannotConvert where it keeps none.
-    """
-    reading = read(module)
-    tensors = {role: getattr(module, name) for role, name in reading.tensors.items()}
-    if "running_mean" not in tensors:
-        raise CannotConvert(
-            "",
-            "instancenorm",
-            "affine",
-            "it keeps no running statistics, so it depends on the input in eval as well",
-            "Keep it, or train with track_running_stats=True.",
-        )
-    return scale_and_shift(tensors, reading.settings)
 
 
 def _dimensions(source: Source, dimensions: int | None) -> int:
@@ -239,5 +220,6 @@ NORM = NormSpec(
     ),
     onnx=OnnxForm({18: ("InstanceNormalization",)}),
     hypotheses=hypotheses,
-    as_affine=as_affine,
+    affine=affine,
+    centre="running_mean",
 )

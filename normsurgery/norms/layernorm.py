@@ -248,6 +248,7 @@ NORM = NormSpec(
     formula=formula,
     examples=examples,
     tail=True,
+    without_mean="rmsnorm",
     conversions={
         "*": Conversion(from_any, Fidelity.RETRAIN),
         "layernorm": Conversion(from_layernorm, Fidelity.IDENTICAL),
