@@ -174,6 +174,20 @@ class OnnxForm:
 
 
 @dataclass(frozen=True)
+class Spelling:
+    """Functions of torch, and operators of ATen, that compute a norm.
+
+    calls: the functions; an operator by its name (`aten::native_layer_norm`), for all overloads.
+    read: what a call says, of its arguments by their names (those that were left out as they are by
+        default) and the shape and dtype of its input. `Reading.tensors` maps roles to the names of
+        arguments. A text instead says why this call is not known.
+    """
+
+    calls: tuple[Callable[..., Any] | str, ...]
+    read: Callable[[Mapping[str, Any], tuple[int, ...], torch.dtype], Reading | str]
+
+
+@dataclass(frozen=True)
 class NormSpec:
     """One normalization: everything the tool knows about it, in one value.
 
@@ -189,6 +203,11 @@ class NormSpec:
         these tensors it is no scale and shift. It is also called with vectors of ones, only to
         learn which of the two there are and which settings it reads. Where there is no `affine`,
         `why_not_affine` says why.
+    spellings: the functions and operators that compute it.
+    casts: the orders of casts that half precision knows, as options `cast` of the conversion to
+        itself; told apart bit for bit.
+    operator: the ONNX operator (as the newest opset calls it) that computes a Reading in eval.
+        Raises NoOperator with the reason where there is none; without it there never is.
     centre: the role of the statistic that is subtracted from the input before anything else in
         eval, so that it can take up a shift of the input.
     without_mean: the norm that it is where the mean over its channels is zero already.
@@ -215,6 +234,9 @@ class NormSpec:
     ) = None
     affine: AffineOf | None = None
     why_not_affine: str = ""
+    spellings: tuple[Spelling, ...] = ()
+    casts: tuple[str, ...] = ()
+    operator: Callable[[Reading], str] | None = None
     centre: str = ""
     without_mean: str = ""
     tail: bool = False

@@ -10,7 +10,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from normsurgery.errors import CannotTrace, UsageError
-from normsurgery.find.by_run import FUNCTIONS
+from normsurgery.find.by_run import functions
 from normsurgery.find.by_type import typed_norms
 from normsurgery.find.drafts import Drafts
 from normsurgery.find.places import layer_sites
@@ -21,7 +21,11 @@ from normsurgery.inputs import Inputs, as_inputs, infer
 from normsurgery.survey import Survey, renumbered
 
 Model = nn.Module | fx.GraphModule | ExportedProgram
-WATCHED: frozenset[Callable[..., Any]] = frozenset(FUNCTIONS) | PADDING
+
+
+def watched() -> frozenset[Callable[..., Any]]:
+    """The functions whose calls are recorded whole: norms, and paddings."""
+    return functions() | PADDING
 
 
 def find(
@@ -96,7 +100,7 @@ def _surveyed(
     drafts = Drafts(module, tuple(typed_norms(module)))
     for recording in recordings:
         drafts.read(recording)
-    drafts.read_dormant(WATCHED)
+    drafts.read_dormant(watched())
     sites, skips = drafts.finish(ran=bool(recordings))
     label = type(model).__name__
     survey = Survey(label, renumbered(sites), tuple(skips), _spelling(inputs), tuple(notes))
@@ -125,11 +129,11 @@ def _recordings(
     training: bool = True,
 ) -> Sequence[Recording]:
     """The eval run, and where it works the train run, which may reach other norms."""
-    found = [record(model, inputs, watched=WATCHED, lines=lines)]
+    found = [record(model, inputs, watched=watched(), lines=lines)]
     if isinstance(model, fx.GraphModule) or not training:
         return found
     try:
-        found.append(record(model, inputs, training=True, watched=WATCHED))
+        found.append(record(model, inputs, training=True, watched=watched()))
     except CannotTrace as error:
         notes.append(f"Train mode was not searched: {error}")
     return found

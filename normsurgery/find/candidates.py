@@ -63,13 +63,16 @@ def prove_module(
     if key not in cache:
         eps = _small_numbers(recording.ops[call.start : call.end], original)
         run = _module_run(recording, original, call, place)
-        cache[key] = _try(run, _filled(shape), tensors, eps, first=_kind_of_class(original))
+        first = event.kind or _kind_of_class(original)
+        cache[key] = _try(run, _told_apart(shape), tensors, eps, first=first)
     return cache[key]
 
 
-def _filled(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape without empty axes: a model may run a norm on no tokens at all."""
-    return tuple(size or 3 for size in shape)
+def _told_apart(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape without empty axes, since a model may run a norm on no tokens at all, and with two
+    samples at least: of one alone a batch norm by its own statistics is an instance norm."""
+    filled = tuple(size or 3 for size in shape)
+    return (max(2, filled[0]), *filled[1:]) if len(filled) > 1 else filled
 
 
 def _kind_of_class(module: nn.Module) -> str | None:

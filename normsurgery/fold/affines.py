@@ -15,12 +15,6 @@ from normsurgery.spec import AffineOf, get, weight_and_bias
 from normsurgery.survey import Site
 
 AFFINE_ROLES = ("weight", "bias")
-_TRAINING_ARGUMENT = {
-    "aten::native_batch_norm": 5,
-    "aten::_native_batch_norm_legit": 5,
-    "aten::cudnn_batch_norm": 5,
-    "aten::batch_norm": 5,
-}
 
 
 def is_affine(site: Site) -> bool:
@@ -91,7 +85,9 @@ def uses_batch(run: Run) -> bool:
 
 
 def _node_uses_batch(node: Node) -> bool:
-    place = _TRAINING_ARGUMENT.get(node.name)
-    if place is not None:
-        return bool(node.args[place])
-    return node.name == "aten::_native_batch_norm_legit_no_stats"
+    schema = getattr(node.op.target, "_schema", None) if node.op is not None else None
+    return any(
+        bool(node.argument(place, argument.name, argument.default_value))
+        for place, argument in enumerate(schema.arguments if schema is not None else ())
+        if argument.name in ("training", "use_input_stats")
+    )

@@ -48,7 +48,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from normsurgery.errors import WrongShape
+from normsurgery.errors import NoOperator, WrongShape
 from normsurgery.norms.carry import (
     along,
     channels,
@@ -71,6 +71,7 @@ from normsurgery.spec import (
     Reading,
     ScaleAndShift,
     Source,
+    Spelling,
     weight_and_bias,
 )
 
@@ -157,6 +158,22 @@ def read(module: nn.Module) -> Reading:
     }
     roles = ("weight", "bias", *STATISTICS, "num_batches_tracked")
     return Reading(present(module, *roles), settings)
+
+
+def read_call(given: Mapping[str, Any], shape: tuple[int, ...], dtype: torch.dtype) -> Reading:
+    settings = {
+        "eps": given.get("eps", given.get("epsilon")),
+        "channel_axis": 1,
+        "features": shape[1],
+        "momentum": given.get("momentum", given.get("exponential_average_factor")),
+    }
+    return Reading({role: role for role in ("weight", "bias", *STATISTICS)}, settings)
+
+
+def operator(reading: Reading) -> str:
+    if "running_mean" not in reading.tensors:
+        raise NoOperator("it takes the statistics of the batch, in eval as well")
+    return "BatchNormalization"
 
 
 def hypotheses(shape: tuple[int, ...], tensors: Mapping[str, tuple[int, ...]]) -> Iterator[Reading]:
@@ -372,6 +389,22 @@ NORM = NormSpec(
     ),
     onnx=OnnxForm({18: ("BatchNormalization",)}),
     hypotheses=hypotheses,
+    operator=operator,
+    spellings=(
+        Spelling(
+            (
+                F.batch_norm,
+                torch.batch_norm,
+                torch.ops.aten.batch_norm.default,
+                "aten::native_batch_norm",
+                "aten::cudnn_batch_norm",
+                "aten::miopen_batch_norm",
+                "aten::_native_batch_norm_legit",
+                "aten::_native_batch_norm_legit_no_training",
+            ),
+            read_call,
+        ),
+    ),
     affine=affine,
     centre="running_mean",
     tail=True,

@@ -45,6 +45,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from normsurgery.norms.batchnorm import STATISTICS, affine
 from normsurgery.norms.carry import (
@@ -71,6 +72,7 @@ from normsurgery.spec import (
     OnnxForm,
     Reading,
     Source,
+    Spelling,
 )
 
 BY_RANK: dict[int, type[nn.Module]] = {
@@ -102,6 +104,23 @@ def read(module: nn.Module) -> Reading:
     }
     roles = ("weight", "bias", *STATISTICS, "num_batches_tracked")
     return Reading(present(module, *roles), settings)
+
+
+def read_call(given: Mapping[str, Any], shape: tuple[int, ...], dtype: torch.dtype) -> Reading:
+    settings = {
+        "eps": given["eps"],
+        "channel_axis": 1,
+        "features": shape[1],
+        "momentum": given["momentum"],
+    }
+    statistics = () if given["use_input_stats"] else STATISTICS
+    return Reading({role: role for role in ("weight", "bias", *statistics)}, settings)
+
+
+def operator(reading: Reading) -> str:
+    """With running statistics it is, in eval, a batch norm."""
+    tracked = "running_mean" in reading.tensors
+    return "BatchNormalization" if tracked else "InstanceNormalization"
 
 
 def hypotheses(shape: tuple[int, ...], tensors: Mapping[str, tuple[int, ...]]) -> Iterator[Reading]:
@@ -220,6 +239,13 @@ NORM = NormSpec(
     ),
     onnx=OnnxForm({18: ("InstanceNormalization",)}),
     hypotheses=hypotheses,
+    operator=operator,
+    spellings=(
+        Spelling(
+            (F.instance_norm, torch.instance_norm, torch.ops.aten.instance_norm.default),
+            read_call,
+        ),
+    ),
     affine=affine,
     centre="running_mean",
 )
