@@ -155,11 +155,18 @@ class Conversion:
 
 @dataclass(frozen=True)
 class Example:
-    """A module with random parameters far from 0 and 1, and inputs it accepts, for the laws."""
+    """A module with random parameters far from 0 and 1, and inputs it accepts, for the laws.
+
+    further: for an input, the named further inputs of the norm.
+    """
 
     label: str
     module: Callable[[], nn.Module]
     inputs: tuple[tuple[int, ...], ...]
+    further: Callable[[Tensor], Mapping[str, Tensor]] | None = None
+
+    def named(self, x: Tensor) -> Mapping[str, Tensor]:
+        return {} if self.further is None else self.further(x)
 
 
 @dataclass(frozen=True)
@@ -193,6 +200,13 @@ class NormSpec:
 
     formula: float64 truth, `formula(x, tensors, settings, training) -> y`, in plain torch; it never
         mutates. With `training` it uses batch statistics where the norm has any.
+        A norm with further `inputs` takes them by name.
+    inputs: the names of the further tensors that a call is given (a gate, a mask, a condition), in
+        order; the modules take them under these names.
+    update: the state after a call in training, by role: `update(x, tensors, settings)`, float64.
+    gradient: where backward is not the derivative of the formula: the float64 gradients that
+        `gradient(x, g, tensors, settings, training)` gives for the gradient g of the output, of
+        "input" and of every learned role.
     read: the Reading of one of the norm's own modules (`classes`); `Reading.tensors` maps roles to
         attribute names of that module.
     hypotheses: the Readings (without `eps`) that a hand-written module could have, given its input
@@ -223,7 +237,7 @@ class NormSpec:
     attach: Attach
     classes: tuple[type, ...]
     read: Callable[[nn.Module], Reading]
-    formula: Callable[[Tensor, Mapping[str, Tensor], Mapping[str, Any], bool], Tensor]
+    formula: Callable[..., Tensor]
     examples: Callable[[], tuple[Example, ...]]
     conversions: Mapping[str, Conversion]
     laws: frozenset[Law]
@@ -234,6 +248,11 @@ class NormSpec:
     ) = None
     affine: AffineOf | None = None
     why_not_affine: str = ""
+    inputs: tuple[str, ...] = ()
+    update: (
+        Callable[[Tensor, Mapping[str, Tensor], Mapping[str, Any]], Mapping[str, Tensor]] | None
+    ) = None
+    gradient: Callable[..., Mapping[str, Tensor]] | None = None
     spellings: tuple[Spelling, ...] = ()
     casts: tuple[str, ...] = ()
     operator: Callable[[Reading], str] | None = None
@@ -245,15 +264,21 @@ class NormSpec:
     found_by_class: bool = True
     owner: str = "normsurgery"
 
-    def reference(self, module: nn.Module, x: Tensor) -> Tensor:
+    def reference(self, module: nn.Module, x: Tensor, **inputs: Tensor) -> Tensor:
         """The float64 output the module should have for `x`, by the formula alone."""
+        tensors, settings = self.values(module)
+        further = {name: tensor.double() for name, tensor in inputs.items()}
+        return self.formula(x.double(), tensors, settings, module.training, **further)
+
+    def values(self, module: nn.Module) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+        """The float64 tensors of one of its own modules by role, and its settings."""
         reading = self.read(module)
         tensors = {
             role: tensor.detach().double()
             for role, name in reading.tensors.items()
             if (tensor := _attribute(module, name)) is not None
         }
-        return self.formula(x.double(), tensors, reading.settings, module.training)
+        return tensors, reading.settings
 
     def scale_and_shift(
         self, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]
@@ -265,6 +290,9 @@ class NormSpec:
         return whole
 
     def conversion(self, kind: str) -> Conversion | None:
+        """None where there is none, or where the other is given what this cannot take."""
+        if kind in _registry.specs and not set(_registry.specs[kind].inputs) <= set(self.inputs):
+            return None
         return self.conversions.get(kind, self.conversions.get("*"))
 
 

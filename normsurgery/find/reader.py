@@ -206,6 +206,7 @@ class Reader:
             settings={
                 **cast_order(original, proof, self.recording.values[ends[0][0]].shape),
                 **_said_eps(event, proof),
+                **({"inputs": dict(proof.inputs)} if proof.inputs else {}),
             },
             found_by="proof",
             proof_error=proof.error,

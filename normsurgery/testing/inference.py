@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from normsurgery.spec import NormSpec
-from normsurgery.testing.cases import by_name, each_case, made, random_input, require, run
+from normsurgery.testing.cases import each_case, made, random_input, require, run
 from normsurgery.testing.conversions import sources
 from normsurgery.testing.invariances import affine_in_eval
 from normsurgery.verify.judge import judge
@@ -24,15 +24,14 @@ def check_inference_form(spec: NormSpec) -> None:
     applied = 0
     for example, shape in each_case(spec):
         module = made(example, False)
-        reading = spec.read(module)
-        tensors = {r: by_name(module, n).detach().double() for r, n in reading.tensors.items()}
-        parts = spec.affine(tensors, reading.settings)
+        tensors, settings = spec.values(module)
+        parts = spec.affine(tensors, settings)
         if parts is None:
             assert not affine_in_eval(spec, module, shape), (
                 f"{spec.name} ({example.label}): affine gives none of what is a scale and a shift"
             )
             continue
-        axis = reading.settings["channel_axis"]
+        axis = settings["channel_axis"]
         assert all(p is None or p.dtype == torch.float64 for p in parts)
         assert all(p is None or p.shape in ((), (1,), (shape[axis],)) for p in parts)
         scale, shift = parts
@@ -40,7 +39,7 @@ def check_inference_form(spec: NormSpec) -> None:
         scaled = x if scale is None else x * _along(scale, x, axis)
         expected = scaled if shift is None else scaled + _along(shift, x, axis)
         require(judge(run(module, x), expected), f"{spec.name} ({example.label}), affine")
-        _require_same_parts(spec, parts, reading.settings, tensors, example.label)
+        _require_same_parts(spec, parts, settings, tensors, example.label)
         applied += 1
     assert applied, f"{spec.name}: affine gives none for any example"
 
