@@ -86,7 +86,8 @@ def norm_vectors(norm: nn.Module) -> tuple[dict[str, Tensor], Vector, Vector]:
     tensors = {f"norm.{role}": getattr(norm, role).detach() for role in roles}
     names = {role: f"norm.{role}" for role in roles}
     given = {"eps": norm.eps, "features": norm.num_features}
-    return tensors, Vector("scale", names, given), Vector("shift", names, given)
+    parts = (Vector(part, names, given, kind="batchnorm") for part in ("scale", "shift"))
+    return tensors, *parts
 
 
 # What each Edit does, against torch's modules
@@ -309,8 +310,8 @@ def test_one_number_for_all_channels_is_spread() -> None:
 def test_a_norm_without_a_mean_or_a_weight_has_the_rest_of_its_statistics() -> None:
     tensors = {"running_var": random(3).abs(), "bias": random(3, seed=2)}
     names = {role: role for role in tensors}
-    by = values(Vector("scale", names, {"eps": 0.1}), tensors)
-    added = values(Vector("shift", names, {"eps": 0.1}), tensors)
+    by = values(Vector("scale", names, {"eps": 0.1}, kind="batchnorm"), tensors)
+    added = values(Vector("shift", names, {"eps": 0.1}, kind="batchnorm"), tensors)
     x = random(5, 3, seed=3)
     zero = torch.zeros(3, dtype=torch.float64)
     wanted = F.batch_norm(x, zero, tensors["running_var"], None, tensors["bias"], eps=0.1)
@@ -586,6 +587,7 @@ def anything() -> st.SearchStrategy[Edit]:
         operations,
         st.none() | indices(),
         st.floats(allow_nan=False),
+        st.text(),
     )
     maybe, places = st.none() | by, st.lists(st.integers(), max_size=3).map(tuple)
     more: dict[Any, dict[str, st.SearchStrategy[Any]]] = {

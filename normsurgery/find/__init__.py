@@ -10,7 +10,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from normsurgery.errors import CannotTrace, UsageError
-from normsurgery.find.by_run import FUNCTIONS
+from normsurgery.find.by_run import functions
 from normsurgery.find.by_type import typed_norms
 from normsurgery.find.drafts import Drafts
 from normsurgery.find.places import layer_sites
@@ -21,7 +21,11 @@ from normsurgery.inputs import Inputs, as_inputs, infer
 from normsurgery.survey import Survey, renumbered
 
 Model = nn.Module | fx.GraphModule | ExportedProgram
-WATCHED: frozenset[Callable[..., Any]] = frozenset(FUNCTIONS) | PADDING
+
+
+def watched() -> frozenset[Callable[..., Any]]:
+    """The functions whose calls are recorded whole: norms, and paddings."""
+    return functions() | PADDING
 
 
 def find(
@@ -78,7 +82,7 @@ def locate(model: Model, inputs: Inputs) -> Located:
     Raises CannotTrace, UsageError as `find`.
     """
     module = model.module() if isinstance(model, ExportedProgram) else model
-    recording = record(module, inputs, watched=WATCHED)
+    recording = record(module, inputs, watched=watched())
     survey, drafts = _surveyed(model, module, [recording], inputs, ())
     ends = {site.index: drafts.ends[key] for site in survey if (key := key_of(site)) in drafts.ends}
     return Located(survey, recording, ends)
@@ -90,7 +94,7 @@ def locate_again(survey: Survey, model: Model, inputs: Inputs, *, meta: bool = F
     meta: the run needs no values (see `record`). Raises CannotTrace where it does not run.
     """
     module = model.module() if isinstance(model, ExportedProgram) else model
-    recording = record(module, inputs, watched=WATCHED, meta=meta)
+    recording = record(module, inputs, watched=watched(), meta=meta)
     known = {site.path: site for site in survey if site.form == "module"}
     reader = Reader(Tree.of(module), recording, known, {})
     for _ in reader.sites():
@@ -111,7 +115,7 @@ def _surveyed(
     drafts = Drafts(module, tuple(typed_norms(module)))
     for recording in recordings:
         drafts.read(recording)
-    drafts.read_dormant(WATCHED)
+    drafts.read_dormant(watched())
     sites, skips = drafts.finish(ran=bool(recordings))
     label = type(model).__name__
     survey = Survey(label, renumbered(sites), tuple(skips), _spelling(inputs), tuple(notes))
@@ -133,11 +137,11 @@ def _spelling(inputs: Inputs | None) -> str | None:
 
 def _recordings(model: nn.Module, inputs: Inputs, notes: list[str]) -> Sequence[Recording]:
     """The eval run, and where it works the train run, which may reach other norms."""
-    found = [record(model, inputs, watched=WATCHED)]
+    found = [record(model, inputs, watched=watched())]
     if isinstance(model, fx.GraphModule):
         return found
     try:
-        found.append(record(model, inputs, training=True, watched=WATCHED))
+        found.append(record(model, inputs, training=True, watched=watched()))
     except CannotTrace as error:
         notes.append(f"Train mode was not searched: {error}")
     return found

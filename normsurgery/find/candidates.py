@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,14 +63,25 @@ def prove_module(
     key = (type(original), shape, _fingerprint(original), _form(recording, call, place))
     if key not in cache:
         eps = _small_numbers(recording.ops[call.start : call.end], original)
-        run = _module_run(recording, original, call, place)
-        cache[key] = _try(run, _filled(shape), tensors, eps, first=_kind_of_class(original))
+        others = _others(recording, call, place)
+        run = _module_run(original, call, place, others)
+        first = event.kind or _kind_of_class(original)
+        cache[key] = _try(
+            run,
+            _told_apart(shape),
+            tensors,
+            eps,
+            first=first,
+            further=_by_argument(original, call, others),
+        )
     return cache[key]
 
 
-def _filled(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape without empty axes: a model may run a norm on no tokens at all."""
-    return tuple(size or 3 for size in shape)
+def _told_apart(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape without empty axes, since a model may run a norm on no tokens at all, and with two
+    samples at least: of one alone a batch norm by its own statistics is an instance norm."""
+    filled = tuple(size or 3 for size in shape)
+    return (max(2, filled[0]), *filled[1:]) if len(filled) > 1 else filled
 
 
 def _kind_of_class(module: nn.Module) -> str | None:
@@ -91,10 +103,16 @@ def _form(recording: Recording, call: ModuleCall, primary: int) -> str:
 
 def _primary(recording: Recording, call: ModuleCall, event: Event) -> int | None:
     wanted = {plain(recording, value) for value in (event.input, *event.other_inputs)}
-    for leaf in tree_leaves((call.args, call.kwargs)):
-        if isinstance(leaf, Ref) and plain(recording, leaf.value) in wanted:
+    given = [leaf for leaf in tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Ref)]
+    for leaf in given:
+        if plain(recording, leaf.value) in wanted:
             return leaf.value
-    return None
+    if not isinstance(call.output, Ref):
+        return None
+    # What it normalises may be made of several inputs: x, which comes first, and its gate.
+    shape = recording.values[call.output.value].shape
+    alike = [leaf.value for leaf in given if recording.values[leaf.value].shape == shape]
+    return alike[0] if len(alike) > 1 else None
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:
@@ -119,26 +137,44 @@ def _fingerprint(module: nn.Module) -> Any:
     return (attributes, children, held, id(own) if own is not None else None)
 
 
-def _module_run(
-    recording: Recording, original: nn.Module, call: ModuleCall, primary: int
-) -> Callable[[Tensor, Mapping[str, Tensor], bool], Tensor]:
+def _others(recording: Recording, call: ModuleCall, primary: int) -> dict[int, Tensor]:
+    """What the call was given beside the normalised value, drawn anew, by value."""
     generator = torch.Generator().manual_seed(0)
-    replaced: dict[int, Any] = {}
+    found: dict[int, Tensor] = {}
     for leaf in tree_leaves((call.args, call.kwargs)):
         if isinstance(leaf, Ref) and leaf.value != primary:
             tensor = recording.values[leaf.value].tensor
-            replaced[leaf.value] = (
+            found[leaf.value] = (
                 torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
                 if tensor.is_floating_point()
                 else tensor
             )
+    return found
+
+
+def _by_argument(
+    module: nn.Module, call: ModuleCall, others: Mapping[int, Tensor]
+) -> dict[str, Tensor]:
+    """The other tensors under the names of the arguments that they are."""
+    names = list(inspect.signature(module.forward).parameters)
+    given = {**dict(zip(names, call.args, strict=False)), **call.kwargs}
+    return {
+        name: others[leaf.value]
+        for name, leaf in given.items()
+        if isinstance(leaf, Ref) and leaf.value in others
+    }
+
+
+def _module_run(
+    original: nn.Module, call: ModuleCall, primary: int, others: Mapping[int, Tensor]
+) -> Callable[[Tensor, Mapping[str, Tensor], bool], Tensor]:
     double = float64_copy(_on_cpu(original))
 
     def run(x: Tensor, values: Mapping[str, Tensor], training: bool) -> Tensor:
         def back(leaf: Any) -> Any:
             if not isinstance(leaf, Ref):
                 return leaf
-            return x.clone() if leaf.value == primary else replaced[leaf.value]
+            return x.clone() if leaf.value == primary else others[leaf.value]
 
         double.train(training)
         with torch.no_grad(), lifted():
@@ -175,9 +211,10 @@ def _try(
     eps: tuple[float, ...],
     modes: tuple[bool, ...] = (False, True),
     first: str | None = None,
+    further: Mapping[str, Tensor] | None = None,
 ) -> Proof | None:
     try:
-        return prove(run, shape, tensors, eps, modes=modes, first=first)
+        return prove(run, shape, tensors, eps, modes=modes, first=first, further=further)
     except Exception:  # the user's code, run on inputs it was not written for, may raise anything
         return None
 

@@ -203,7 +203,11 @@ class Reader:
             form="module",
             class_name=type(original).__name__,
             parameters={role: prefix + name for role, name in proof.reading.tensors.items()},
-            settings=cast_order(original, proof, self.recording.values[ends[0][0]].shape),
+            settings={
+                **cast_order(original, proof, self.recording.values[ends[0][0]].shape),
+                **_said_eps(event, proof),
+                **({"inputs": dict(proof.inputs)} if proof.inputs else {}),
+            },
             found_by="proof",
             proof_error=proof.error,
             notes=_hook_notes(original),
@@ -332,6 +336,13 @@ def place_of(key: Key) -> Key:
 def dtype_name(tensor: Tensor) -> str:
     """As `float32`."""
     return str(tensor.dtype).removeprefix("torch.")
+
+
+def _said_eps(event: Event, proof: Proof) -> dict[str, Any]:
+    """What a call of the very norm says: by default eps may be that of the type, which float64
+    cannot show."""
+    said = (event.settings or {}).get("eps") if event.kind == proof.kind else None
+    return {} if said is None else {"eps": said}
 
 
 def _hook_notes(module: nn.Module) -> tuple[str, ...]:

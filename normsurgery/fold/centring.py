@@ -14,7 +14,7 @@ from normsurgery.fold.ground import Ground, Refused
 from normsurgery.fold.residual_stream import Stream, is_candidate, stream_of
 from normsurgery.fold.worklist import Worklist, require_unread
 from normsurgery.plan import Step
-from normsurgery.spec import Fidelity
+from normsurgery.spec import Fidelity, get
 from normsurgery.survey import Site
 
 
@@ -28,8 +28,9 @@ def centre(
     example = grounds[0]
     for site in [site for site in example.located.survey if site.index in allowed]:
         made = work.made.get(site.index)
-        done = made is not None and made.to == "rmsnorm"
-        if done or not is_candidate(site) or not example.runs[site.index]:
+        if not is_candidate(site) or not example.runs[site.index]:
+            continue
+        if made is not None and made.to == get(site.kind).without_mean:
             continue
         try:
             stream, agreed = _centred(grounds, model, site)
@@ -100,9 +101,11 @@ def _as_rmsnorm(ground: Ground, site: Site, made: Step | None) -> Step | None:
     if "bias" in site.parameters and not folded and not kept:
         return None
     whole = folded or "weight" not in site.parameters
+    without_mean = get(site.kind).without_mean
+    assert without_mean is not None
     return Step(
         site=site,
-        to=site.kind if kept else "rmsnorm",
+        to=site.kind if kept else without_mean,
         options={} if kept or not whole else {"affine": False},
         fidelity=Fidelity.EVAL,
         action="fold",

@@ -7,10 +7,11 @@ from collections.abc import Collection, Iterator
 
 from torch import nn
 
-from normsurgery.fold.affines import STATISTICS, has_tail, is_affine, uses_batch
+from normsurgery.fold.affines import has_tail, is_affine, uses_batch
 from normsurgery.fold.checks import Check
 from normsurgery.fold.ground import Ground, Refused
 from normsurgery.graph import ModuleCall
+from normsurgery.spec import Law, get
 from normsurgery.surgery.obstacles import obstacle
 from normsurgery.surgery.references import ModuleReferences
 from normsurgery.survey import Site
@@ -25,10 +26,9 @@ def require(ground: Ground, model: nn.Module, site: Site, around: ModuleReferenc
     runs = ground.runs[site.index]
     if not runs:
         raise Refused(Check.NOT_RUN)
-    batch = site.kind == "batchnorm" or is_affine(site)
+    batch = Law.BATCH_INDEPENDENT not in get(site.kind).laws or is_affine(site)
     if batch and any(map(uses_batch, runs)):
-        statistics = set(STATISTICS) <= set(site.parameters)
-        raise Refused(Check.TRAIN_MODE if statistics else Check.NO_STATISTICS)
+        raise Refused(Check.TRAIN_MODE if is_affine(site) else Check.NO_STATISTICS)
     if _trains(model, site):
         raise Refused(Check.TRAIN_MODE, f"{site.path} is in train mode", _EVAL)
     if not is_affine(site) and not has_tail(site):

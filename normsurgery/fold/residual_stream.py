@@ -30,6 +30,7 @@ from normsurgery.fold.landings import EMBEDDING, bias_of, is_layer, layer, tenso
 from normsurgery.fold.linearity import GATHERS, gathered_axes
 from normsurgery.fold.merged_layers import on_merged_mean
 from normsurgery.graph.flow import Node
+from normsurgery.spec import get
 from normsurgery.survey import Site
 
 
@@ -47,9 +48,9 @@ class Stream:
 
 
 def is_candidate(site: Site) -> bool:
-    """A LayerNorm over the last axis alone."""
+    """A norm over the last axis alone that would be another one if the mean were zero."""
     sizes = site.settings.get("normalized_shape", ())
-    return site.kind == "layernorm" and site.attach == "norm" and len(sizes) == 1
+    return site.attach == "norm" and bool(get(site.kind).without_mean) and len(sizes) == 1
 
 
 def stream_of(ground: Ground, site: Site) -> Stream:
@@ -119,7 +120,7 @@ class _Walk:
         if value in self.ground.gone:
             self.reach(self.ground.gone[value], self.stream.values[value])
             return
-        if run.site.kind == "layernorm" and not {"weight", "bias"} & set(run.site.parameters):
+        if get(run.site.kind).without_mean and not {"weight", "bias"} & set(run.site.parameters):
             return  # it gives mean zero
         raise Refused(
             Check.RESIDUAL,

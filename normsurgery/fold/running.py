@@ -97,7 +97,7 @@ class _Memory:
         self.own.add(name)
 
     def vector(self, edit: Edit, vector: Vector) -> Tensor:
-        by_role = {role: self.read(edit, vector.tensors[role]) for role in vector.roles}
+        by_role = {role: self.read(edit, name) for role, name in vector.tensors.items()}
         try:
             return values(vector, by_role)
         except UsageError as error:

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from normsurgery.errors import CannotConvert, WrongShape
-from normsurgery.spec import Source
+from normsurgery.errors import CannotConvert, NoOperator, WrongShape
+from normsurgery.spec import Reading, Source
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
@@ -52,6 +52,12 @@ def scaled(y: Tensor, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]
 def present(module: nn.Module, *roles: str) -> dict[str, str]:
     """Roles whose attribute of that name is a tensor on the module, as `Reading.tensors` wants."""
     return {role: role for role in roles if getattr(module, role, None) is not None}
+
+
+def require_eps_in_root(reading: Reading) -> None:
+    """Raise NoOperator where the deviation is another one than that of ONNX's operators."""
+    if reading.settings.get("eps_outside") or reading.settings.get("unbiased"):
+        raise NoOperator("eps stands outside the root: ONNX has no operator for it")
 
 
 def refusal(source: Source, to: str, why: str, cure: str) -> CannotConvert:

@@ -74,6 +74,7 @@ from normsurgery.spec import (
     OnnxForm,
     Reading,
     Source,
+    Spelling,
 )
 
 MOST_GROUPS = 32  # the paper's default
@@ -126,6 +127,20 @@ def read(module: nn.Module) -> Reading:
         "num_groups": module.num_groups,
     }
     return Reading(present(module, "weight", "bias"), settings)
+
+
+def read_call(given: Mapping[str, Any], shape: tuple[int, ...], dtype: torch.dtype) -> Reading:
+    settings = {
+        "eps": given["eps"],
+        "channel_axis": 1,
+        "features": shape[1],
+        "num_groups": int(given["num_groups"] if "num_groups" in given else given["group"]),
+    }
+    return Reading({"weight": "weight", "bias": "bias"}, settings)
+
+
+def operator(reading: Reading) -> str:
+    return "GroupNormalization"
 
 
 def hypotheses(shape: tuple[int, ...], tensors: Mapping[str, tuple[int, ...]]) -> Iterator[Reading]:
@@ -279,6 +294,18 @@ NORM = NormSpec(
             Law.BATCH_INDEPENDENT,
             Law.PERMUTATION_EQUIVARIANT,
         }
+    ),
+    operator=operator,
+    spellings=(
+        Spelling(
+            (
+                F.group_norm,
+                torch.group_norm,
+                torch.ops.aten.group_norm.default,
+                "aten::native_group_norm",
+            ),
+            read_call,
+        ),
     ),
     onnx=OnnxForm({18: ("Reshape", "InstanceNormalization", "Reshape", "Mul", "Add")}),
     hypotheses=hypotheses,

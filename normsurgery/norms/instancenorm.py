@@ -45,9 +45,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from normsurgery.errors import CannotConvert
-from normsurgery.norms.batchnorm import STATISTICS, scale_and_shift
+from normsurgery.norms.batchnorm import STATISTICS, affine
 from normsurgery.norms.carry import (
     along,
     channels,
@@ -73,6 +73,7 @@ from normsurgery.spec import (
     OnnxForm,
     Reading,
     Source,
+    Spelling,
 )
 
 BY_RANK: dict[int, type[nn.Module]] = {
@@ -106,6 +107,23 @@ def read(module: nn.Module) -> Reading:
     return Reading(present(module, *roles), settings)
 
 
+def read_call(given: Mapping[str, Any], shape: tuple[int, ...], dtype: torch.dtype) -> Reading:
+    settings = {
+        "eps": given["eps"],
+        "channel_axis": 1,
+        "features": shape[1],
+        "momentum": given["momentum"],
+    }
+    statistics = () if given["use_input_stats"] else STATISTICS
+    return Reading({role: role for role in ("weight", "bias", *statistics)}, settings)
+
+
+def operator(reading: Reading) -> str:
+    """With running statistics it is, in eval, a batch norm."""
+    tracked = "running_mean" in reading.tensors
+    return "BatchNormalization" if tracked else "InstanceNormalization"
+
+
 def hypotheses(shape: tuple[int, ...], tensors: Mapping[str, tuple[int, ...]]) -> Iterator[Reading]:
     """Without running statistics, vectors of C elements in either role."""
     if len(shape) < 3:
@@ -115,24 +133,6 @@ def hypotheses(shape: tuple[int, ...], tensors: Mapping[str, tuple[int, ...]]) -
     for roles in (("weight", "bias"), ("weight",), ("bias",), ()):
         for names in permutations(fitting, len(roles)):
             yield Reading(dict(zip(roles, names, strict=True)), settings)
-
-
-def as_affine(module: nn.Module) -> tuple[Tensor, Tensor]:
-    """Scale and shift of an instance norm with running statistics in eval, float64, (features,).
-
-    Raises CannotConvert where it keeps none.
-    """
-    reading = read(module)
-    tensors = {role: getattr(module, name) for role, name in reading.tensors.items()}
-    if "running_mean" not in tensors:
-        raise CannotConvert(
-            "",
-            "instancenorm",
-            "affine",
-            "it keeps no running statistics, so it depends on the input in eval as well",
-            "Keep it, or train with track_running_stats=True.",
-        )
-    return scale_and_shift(tensors, reading.settings)
 
 
 def _dimensions(source: Source, dimensions: int | None) -> int:
@@ -240,5 +240,13 @@ NORM = NormSpec(
     ),
     onnx=OnnxForm({18: ("InstanceNormalization",)}),
     hypotheses=hypotheses,
-    as_affine=as_affine,
+    operator=operator,
+    spellings=(
+        Spelling(
+            (F.instance_norm, torch.instance_norm, torch.ops.aten.instance_norm.default),
+            read_call,
+        ),
+    ),
+    affine=affine,
+    centre="running_mean",
 )

@@ -40,6 +40,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from normsurgery.errors import WrongShape
 from normsurgery.norms.carry import (
@@ -48,6 +49,7 @@ from normsurgery.norms.carry import (
     eps_of,
     present,
     require_elements,
+    require_eps_in_root,
     settled,
     shares_eps,
     space,
@@ -65,6 +67,7 @@ from normsurgery.spec import (
     OnnxForm,
     Reading,
     Source,
+    Spelling,
 )
 
 SPELLINGS = tuple(
@@ -155,6 +158,22 @@ def read(module: nn.Module) -> Reading:
         **spelling,
     }
     return Reading(present(module, "weight", "bias"), settings)
+
+
+def read_call(given: Mapping[str, Any], shape: tuple[int, ...], dtype: torch.dtype) -> Reading:
+    sizes = [int(size) for size in given["normalized_shape"]]
+    settings = {
+        "eps": given["eps"],
+        "channel_axis": -1,
+        "features": sizes[-1],
+        "normalized_shape": sizes,
+    }
+    return Reading({"weight": "weight", "bias": "bias"}, settings)
+
+
+def operator(reading: Reading) -> str:
+    require_eps_in_root(reading)
+    return "LayerNormalization"
 
 
 def hypotheses(shape: tuple[int, ...], tensors: Mapping[str, tuple[int, ...]]) -> Iterator[Reading]:
@@ -248,6 +267,7 @@ NORM = NormSpec(
     formula=formula,
     examples=examples,
     tail=True,
+    without_mean="rmsnorm",
     conversions={
         "*": Conversion(from_any, Fidelity.RETRAIN),
         "layernorm": Conversion(from_layernorm, Fidelity.IDENTICAL),
@@ -262,6 +282,18 @@ NORM = NormSpec(
             Law.BATCH_INDEPENDENT,
             Law.PERMUTATION_EQUIVARIANT,
         }
+    ),
+    operator=operator,
+    spellings=(
+        Spelling(
+            (
+                F.layer_norm,
+                torch.layer_norm,
+                torch.ops.aten.layer_norm.default,
+                "aten::native_layer_norm",
+            ),
+            read_call,
+        ),
     ),
     onnx=OnnxForm({18: ("LayerNormalization",)}),
     hypotheses=hypotheses,

@@ -48,6 +48,7 @@ from normsurgery.norms.carry import (
     eps_of,
     present,
     require_elements,
+    require_eps_in_root,
     scaled,
     settled,
     shares_eps,
@@ -150,6 +151,11 @@ def read(module: nn.Module) -> Reading:
     return Reading(present(module, "weight", "bias"), settings)
 
 
+def operator(reading: Reading) -> str:
+    require_eps_in_root(reading)
+    return "LayerNormalization"
+
+
 def hypotheses(shape: tuple[int, ...], tensors: Mapping[str, tuple[int, ...]]) -> Iterator[Reading]:
     """Over the second of at least three dimensions, every spelling, vectors in either role."""
     if len(shape) < 3:
@@ -239,6 +245,7 @@ NORM = NormSpec(
             Law.PERMUTATION_EQUIVARIANT,
         }
     ),
+    operator=operator,
     onnx=OnnxForm({18: ("Transpose", "LayerNormalization", "Transpose")}),
     hypotheses=hypotheses,
     why_not_affine="its mean and variance are those of each position, in eval as in training",

@@ -52,6 +52,7 @@ from normsurgery.norms.carry import (
     present,
     refusal,
     require_elements,
+    require_eps_in_root,
     scaled,
     settled,
     shares_eps,
@@ -155,6 +156,11 @@ def read(module: nn.Module) -> Reading:
     return Reading(present(module, "weight", "bias"), settings)
 
 
+def operator(reading: Reading) -> str:
+    require_eps_in_root(reading)
+    return "GroupNormalization"
+
+
 def hypotheses(shape: tuple[int, ...], tensors: Mapping[str, tuple[int, ...]]) -> Iterator[Reading]:
     """Over all but the first of at least three dimensions, vectors of C in either role."""
     if len(shape) < 3:
@@ -252,6 +258,7 @@ NORM = NormSpec(
             Law.PERMUTATION_EQUIVARIANT,
         }
     ),
+    operator=operator,
     onnx=OnnxForm({18: ("Reshape", "InstanceNormalization", "Reshape", "Mul", "Add")}),
     hypotheses=hypotheses,
     why_not_affine="its mean and variance are those of each sample, in eval as in training",

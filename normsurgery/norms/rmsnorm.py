@@ -45,8 +45,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from normsurgery.errors import UsageError, WrongShape
+from normsurgery.errors import NoOperator, UsageError, WrongShape
 from normsurgery.norms.carry import (
     along,
     channels,
@@ -54,6 +55,7 @@ from normsurgery.norms.carry import (
     eps_of,
     present,
     refusal,
+    require_eps_in_root,
     settled,
 )
 from normsurgery.norms.examples import randomised
@@ -66,6 +68,7 @@ from normsurgery.spec import (
     OnnxForm,
     Reading,
     Source,
+    Spelling,
 )
 
 Cast = Literal["none", "float32", "float32_weight"]
@@ -192,6 +195,27 @@ def _torch_eps(module: nn.RMSNorm) -> float:
         return module.eps
     double = module.weight is not None and module.weight.dtype == torch.float64
     return torch.finfo(torch.float64 if double else torch.float32).eps
+
+
+def read_call(given: Mapping[str, Any], shape: tuple[int, ...], dtype: torch.dtype) -> Reading:
+    sizes = [int(size) for size in given["normalized_shape"]]
+    eps = given["eps"]
+    if eps is None:  # half types are computed in float32, and with its epsilon
+        eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    settings = {
+        "eps": eps,
+        "channel_axis": -1,
+        "features": sizes[-1],
+        "normalized_shape": sizes,
+    }
+    return Reading({"weight": "weight"}, settings)
+
+
+def operator(reading: Reading) -> str:
+    require_eps_in_root(reading)
+    if reading.settings["channel_axis"] != -1:
+        raise NoOperator("over the second dimension: ONNX has no operator for it")
+    return "RMSNormalization"
 
 
 def hypotheses(shape: tuple[int, ...], tensors: Mapping[str, tuple[int, ...]]) -> Iterator[Reading]:
@@ -353,6 +377,19 @@ NORM = NormSpec(
             Law.PERMUTATION_EQUIVARIANT,
             Law.ROTATION_EQUIVARIANT,
         }
+    ),
+    operator=operator,
+    casts=CASTS,
+    spellings=(
+        Spelling(
+            (
+                F.rms_norm,
+                torch.rms_norm,
+                torch.ops.aten.rms_norm.default,
+                "aten::_fused_rms_norm",
+            ),
+            read_call,
+        ),
     ),
     onnx=OnnxForm(
         {
