@@ -15,8 +15,9 @@ from .render import NOT_SELECTED, WHOLE_MODEL, evidence, notes, print_json, tens
 from .tables import table
 
 if TYPE_CHECKING:
-    from normsurgery.plan import MeasuredCall, Plan, Step
+    from normsurgery.plan import MeasuredCall, Plan
     from normsurgery.report import Report
+    from normsurgery.steps import Step
     from normsurgery.survey import Skip
 
 Row = tuple[str, ...]

@@ -31,7 +31,7 @@ from normsurgery.fold.running import run
 from normsurgery.graph import record
 from normsurgery.inputs import Inputs
 from normsurgery.norms.examples import randomised
-from normsurgery.plan import Step
+from normsurgery.steps import Merge, Step
 from normsurgery.surgery.calls import recorded_calls
 from normsurgery.surgery.owner import OwnerCall
 from normsurgery.surgery.source import module_at
@@ -91,7 +91,7 @@ def prepared(name: str) -> tuple[nn.Module, Tensor, nn.Module, list[BranchSum], 
 
 
 def calls(model: nn.Module, steps: Sequence[Step], x: Tensor) -> Mapping[str, Sequence[OwnerCall]]:
-    owners = [step.site.settings["owner"] for step in steps if step.edits]
+    owners = [step.owner for step in steps if isinstance(step, Merge)]
     return recorded_calls(model, owners, Inputs((x,)))
 
 

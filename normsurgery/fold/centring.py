@@ -13,8 +13,8 @@ from normsurgery.fold.checks import Check
 from normsurgery.fold.ground import Ground, Refused
 from normsurgery.fold.residual_stream import Stream, is_candidate, stream_of
 from normsurgery.fold.worklist import Worklist, require_unread
-from normsurgery.plan import Step
 from normsurgery.spec import Fidelity, get
+from normsurgery.steps import Fold, Step
 from normsurgery.survey import Site
 
 
@@ -103,14 +103,13 @@ def _as_rmsnorm(ground: Ground, site: Site, made: Step | None) -> Step | None:
     whole = folded or "weight" not in site.parameters
     without_mean = get(site.kind).without_mean
     assert without_mean is not None
-    return Step(
+    return Fold(
         site=site,
         to=site.kind if kept else without_mean,
         options={} if kept or not whole else {"affine": False},
         fidelity=Fidelity.EVAL,
-        action="fold",
         notes=() if made is None else made.notes,
-        rule="residual stream",
+        where="residual stream",
         edits=() if made is None else made.edits,
         changes=() if made is None else made.changes,
     )

@@ -18,9 +18,10 @@ from normsurgery.fold.pruning import prune_identities
 from normsurgery.fold.speed import measure_speed
 from normsurgery.fold.untied_flags import correct_ties
 from normsurgery.inputs import as_inputs, infer
-from normsurgery.plan import MERGED, Plan, versions
+from normsurgery.plan import Plan, versions
 from normsurgery.randomstate import random_state_kept
 from normsurgery.report import Report
+from normsurgery.steps import FoldStep, Merge
 from normsurgery.surgery.application import Applied, apply
 from normsurgery.surgery.calls import recorded_calls
 from normsurgery.surgery.journal import Journal
@@ -135,7 +136,7 @@ def _opened(model: nn.Module | ExportedProgram, inplace: bool) -> tuple[nn.Modul
 def _require_fold(plan: Plan, *, chosen: bool) -> None:
     if chosen:
         raise UsageError("a plan is complete: leave out kind, only and exclude.")
-    other = next((step for step in plan.steps if step.action != "fold"), None)
+    other = next((step for step in plan.steps if not isinstance(step, FoldStep)), None)
     if other is not None:
         raise UsageError(
             f"this is no plan of a fold: it would {other.action} {other.site.label}. Use swap."
@@ -166,8 +167,7 @@ def _in_eval(model: nn.Module) -> nn.Module:
 
 def _apply(original: nn.Module, working: nn.Module, plan: Plan, inputs: Inputs) -> Applied:
     owners = dict.fromkeys(step.site.path for step in plan.steps if step.site.form != "module")
-    merges = (step for step in plan.steps if step.rule == MERGED and step.edits)
-    owners |= dict.fromkeys(step.site.settings["owner"] for step in merges)
+    owners |= dict.fromkeys(step.owner for step in plan.steps if isinstance(step, Merge))
     calls = recorded_calls(original, list(owners), inputs) if owners else {}
     applied = apply(working, plan, calls)
     correct_ties(applied.model, plan)

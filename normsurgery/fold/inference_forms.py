@@ -14,8 +14,8 @@ from normsurgery.fold.checks import Check, NoMatch
 from normsurgery.fold.edits import Copy, Drop
 from normsurgery.norms.gates import GateTap
 from normsurgery.norms.neuronwise import Neuronwise
-from normsurgery.plan import INFERENCE_FORM, Step
 from normsurgery.spec import Fidelity, NormSpec
+from normsurgery.steps import Step, Strip
 from normsurgery.surgery.inherit import hooks, tensor_in, tie
 from normsurgery.surgery.references import ModuleReferences
 from normsurgery.surgery.source import module_at
@@ -119,13 +119,11 @@ def _step(model: nn.Module, module: nn.Module, spec: NormSpec, site: Site) -> St
     names = _names(module, left, spec)
     renamed = {old: new for old, new in names.items() if old != new}
     gone = [name for name in module.state_dict() if names.get(name) != name]
-    return Step(
+    return Strip(
         site=site,
         to=kind,
         options={},
         fidelity=Fidelity.FORWARD if spec.attach == "layer" else Fidelity.EVAL,
-        action="fold",
-        rule=INFERENCE_FORM,
         edits=(
             *(Copy(prefix + new, prefix + old) for old, new in renamed.items()),
             *(Drop(prefix + name) for name in gone),

@@ -15,7 +15,7 @@ from normsurgery.fold.kernels import Geometry, Sizes
 from normsurgery.fold.landings import affine_at
 from normsurgery.fold.parallel_branches import BranchSum
 from normsurgery.graph.flow import Node
-from normsurgery.plan import MERGED, Step
+from normsurgery.steps import Merge, Step
 
 
 def merged_layer(found: BranchSum, step: Step) -> MergedLayer:
@@ -141,10 +141,7 @@ def with_unpadded(decided: Mapping[int, Step]) -> dict[int, Step]:
     A norm that was decided before the merge knows them all.
     """
     gone = {
-        path
-        for made in decided.values()
-        if made.rule == MERGED and made.edits
-        for path in made.site.settings["branches"][1:]
+        path for made in decided.values() if isinstance(made, Merge) for path in made.branches[1:]
     }
     return {index: _padded_by_others(made, gone) for index, made in decided.items()}
 

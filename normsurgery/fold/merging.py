@@ -27,9 +27,9 @@ from normsurgery.fold.parallel_branches import KIND, Branch, BranchSum
 from normsurgery.fold.running import run
 from normsurgery.fold.weight_formulas import relative_error
 from normsurgery.fold.weights import bind
-from normsurgery.plan import MERGED, Step
 from normsurgery.precision import float64_copy, lifted
 from normsurgery.spec import Fidelity
+from normsurgery.steps import Merge, MergedNorm, Step
 from normsurgery.surgery.owner import OwnerCall
 from normsurgery.surgery.source import module_at
 from normsurgery.surgery.tree import replace_everywhere
@@ -49,14 +49,11 @@ def merge_steps(ground: Ground, sums: Sequence[BranchSum], planned: Sequence[Edi
     steps: list[Step] = []
     for number, found in enumerate(sums, len(ground.located.survey)):
         steps.append(_step(ground, found, number, created))
-        steps += [
-            Step(site, "identity", {}, Fidelity.EVAL, "fold", rule=MERGED)
-            for site in found.identities
-        ]
+        steps += [MergedNorm(site, "identity", {}, Fidelity.EVAL) for site in found.identities]
     return steps
 
 
-def _step(ground: Ground, found: BranchSum, number: int, created: set[str]) -> Step:
+def _step(ground: Ground, found: BranchSum, number: int, created: set[str]) -> Merge:
     layer = ground.model.get_submodule(found.label)
     site = Site(
         index=number,
@@ -65,23 +62,20 @@ def _step(ground: Ground, found: BranchSum, number: int, created: set[str]) -> S
         form="module",
         class_name=type(layer).__name__,
         parameters={},
-        settings={
-            "owner": found.owner,
-            "branches": [branch.path for branch in found.branches],
-            "places": list(found.places),
-        },
+        settings={},
         dtype=str(found.kept.weight.tensor.dtype).removeprefix("torch."),
         calls=1,
     )
-    return Step(
+    return Merge(
         site=site,
         to="identity",
         options={},
         fidelity=Fidelity.EVAL,
-        action="fold",
         notes=(f"holds what {len(found.branches)} branches did", *found.notes),
-        rule=MERGED,
         edits=_edits(ground, found, created),
+        owner=found.owner,
+        branches=tuple(branch.path for branch in found.branches),
+        places=found.places,
     )
 
 
@@ -155,25 +149,20 @@ def apply_merges(
     Raises UsageError where the model is not the one that was planned for.
     """
     refused: dict[str, str] = {}
-    for step in (step for step in steps if step.edits):
+    for step in (step for step in steps if isinstance(step, Merge)):
         try:
             if calls is not None:
-                _prove(model, step, calls.get(step.site.settings["owner"], ()))
+                _prove(model, step, calls.get(step.owner, ()))
         except CannotRewrite as error:
-            refused |= dict.fromkeys((step.site.label, *_branches(step)), error.reason)
+            refused |= dict.fromkeys((step.site.label, *step.branches), error.reason)
             continue
-        _put_neutral(model, step.site.settings["places"])
+        _put_neutral(model, step.places)
     for name, value in (values or {}).items() if not refused else ():
         _bind(model, name, value)
     return refused
 
 
-def _branches(step: Step) -> list[str]:
-    found: list[str] = step.site.settings["branches"]
-    return found
-
-
-def _kept(step: Step) -> dict[str, None]:
+def _kept(step: Merge) -> dict[str, None]:
     """The tensors that the step's edits change or make."""
     return dict.fromkeys(edit.target for edit in step.edits if not isinstance(edit, Drop))
 
@@ -184,12 +173,12 @@ def _put_neutral(model: nn.Module, places: Sequence[str]) -> None:
         replace_everywhere(model, old, NeutralBranch().train(old.training))
 
 
-def _prove(model: nn.Module, step: Step, calls: Calls) -> None:
+def _prove(model: nn.Module, step: Merge, calls: Calls) -> None:
     """Raises CannotRewrite unless the owner gives the same with its branches in one of them."""
     given = [call for call in calls if not call.training]
     if not given:
         raise CannotRewrite("no call of its forward was recorded to prove a merge on")
-    path = step.site.settings["owner"]
+    path = step.owner
     owner = module_at(model, path)
     if any(tensor.is_meta for tensor in (*owner.parameters(), *owner.buffers())):
         raise CannotRewrite("it has no values (meta device) to prove a merge on")
@@ -202,7 +191,7 @@ def _prove(model: nn.Module, step: Step, calls: Calls) -> None:
     run([edit for edit in step.edits if not isinstance(edit, Drop)], tensors)
     for name in _kept(step):
         _bind(after, name.removeprefix(prefix), tensors[name])
-    _put_neutral(after, [place.removeprefix(prefix) for place in step.site.settings["places"]])
+    _put_neutral(after, [place.removeprefix(prefix) for place in step.places])
     for call in given:
         _require_same(before, after, call)
 

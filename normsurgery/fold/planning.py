@@ -18,9 +18,10 @@ from normsurgery.fold.unlisted import is_unlisted
 from normsurgery.fold.untying import with_own_copies
 from normsurgery.fold.worklist import Key, Worklist
 from normsurgery.inputs import Inputs
-from normsurgery.plan import MeasuredCall, Plan, Step, versions
+from normsurgery.plan import MeasuredCall, Plan, versions
 from normsurgery.selection import is_meant, select
 from normsurgery.spec import Fidelity
+from normsurgery.steps import Step
 from normsurgery.surgery.planning import with_children
 from normsurgery.survey import Skip, Survey
 from normsurgery.treecopy import tree_copy

@@ -18,18 +18,18 @@ from normsurgery.find.call_sites import call_site
 from normsurgery.find.candidates import NotProven
 from normsurgery.find.events import Event
 from normsurgery.fold.edits import Copy
-from normsurgery.fold.own_copies import KIND, UNTIED, make_copies
+from normsurgery.fold.own_copies import KIND, make_copies
 from normsurgery.graph import FrameRecord, ModuleCall, Op, Recording, Ref, record
 from normsurgery.inputs import Inputs
-from normsurgery.plan import Step
 from normsurgery.spec import Fidelity
+from normsurgery.steps import Untie
 from normsurgery.surgery.calls import recorded_calls
 from normsurgery.surgery.names import fresh_name
 from normsurgery.survey import CallSite, Origin, Site
 from normsurgery.treecopy import tree_copy
 
 
-def possible_copies(model: nn.Module, inputs: Inputs, *, first: int) -> list[Step]:
+def possible_copies(model: nn.Module, inputs: Inputs, *, first: int) -> list[Untie]:
     """A Step for every module that could be split so that each call has one of its own.
 
     first: the number of the first Site. The model itself is not touched.
@@ -51,21 +51,21 @@ def possible_copies(model: nn.Module, inputs: Inputs, *, first: int) -> list[Ste
 # --- bound at two paths -------------------------------------------------------------------------
 
 
-def _at_paths(tree: nn.Module, norms: Collection[str]) -> list[Step]:
+def _at_paths(tree: nn.Module, norms: Collection[str]) -> list[Untie]:
     first: dict[int, str] = {}
-    steps: list[Step] = []
+    steps: list[Untie] = []
     for path, module in tree.named_modules(remove_duplicate=False):
         source = first.setdefault(id(module), path)
         if source != path and module._parameters and path not in norms:
-            site = _site(module, (path,), source, None)
-            steps.append(_step(module, site, f"{path}."))
+            site = _site(module, (path,), None)
+            steps.append(_step(module, site, source, f"{path}."))
     return steps
 
 
 # --- called in two places of a forward ----------------------------------------------------------
 
 
-def _in_forwards(recording: Recording, norms: Collection[str]) -> list[Step]:
+def _in_forwards(recording: Recording, norms: Collection[str]) -> list[Untie]:
     """One Step for each place but the first, with a child's name that is free in the owner."""
     found: dict[int, _Shared] = {}
     for call in recording.module_calls:
@@ -75,7 +75,7 @@ def _in_forwards(recording: Recording, norms: Collection[str]) -> list[Step]:
                 found[id(shared.module)] = shared
     paths = [recording.path(shared.module) for shared in found.values()]
     taken: dict[int, set[str]] = {}
-    steps: list[Step] = []
+    steps: list[Untie] = []
     for shared in found.values():
         path, prefix = (recording.path(m) for m in (shared.module, shared.owner))
         if any(other.startswith(f"{path}.") for other in paths):
@@ -84,9 +84,9 @@ def _in_forwards(recording: Recording, norms: Collection[str]) -> list[Step]:
         for place in shared.places[1:]:
             child = _fresh(path.rpartition(".")[2], names)
             names.add(child)
-            site = _site(shared.module, recording.paths[id(shared.owner)], path, place)
+            site = _site(shared.module, recording.paths[id(shared.owner)], place)
             below = f"{prefix}.{child}." if prefix else f"{child}."
-            steps.append(replace(_step(shared.module, site, below), child=child))
+            steps.append(replace(_step(shared.module, site, path, below), child=child))
     return steps
 
 
@@ -161,14 +161,14 @@ def _fresh(name: str, taken: set[str]) -> str:
     return fresh_name(name if name.isidentifier() else "shared", taken, first=2)
 
 
-def _proven(tree: nn.Module, steps: Sequence[Step], inputs: Inputs) -> list[Step]:
+def _proven(tree: nn.Module, steps: Sequence[Untie], inputs: Inputs) -> list[Untie]:
     """The steps of the owners whose forwards can be rewritten; on a model without values, none."""
     held = (*tree.parameters(), *tree.buffers())
     if not steps or any(tensor.is_meta for tensor in held):
         return []
     paths = list(dict.fromkeys(step.site.path for step in steps))
     calls = recorded_calls(tree, paths, inputs)
-    proven: list[Step] = []
+    proven: list[Untie] = []
     for path in paths:
         group = [step for step in steps if step.site.path == path]
         try:
@@ -182,7 +182,7 @@ def _proven(tree: nn.Module, steps: Sequence[Step], inputs: Inputs) -> list[Step
 # --- steps --------------------------------------------------------------------------------------
 
 
-def _site(module: nn.Module, paths: tuple[str, ...], source: str, call: CallSite | None) -> Site:
+def _site(module: nn.Module, paths: tuple[str, ...], call: CallSite | None) -> Site:
     return Site(
         index=0,
         kind=KIND,
@@ -190,26 +190,25 @@ def _site(module: nn.Module, paths: tuple[str, ...], source: str, call: CallSite
         form="module" if call is None else "formula",
         class_name=type(module).__name__,
         parameters={},
-        settings={"source": source, "bytes": sum(map(_size, module.parameters()))},
+        settings={},
         attach="layer",
         call=call,
     )
 
 
-def _step(module: nn.Module, site: Site, prefix: str) -> Step:
-    source = site.settings["source"]
+def _step(module: nn.Module, site: Site, source: str, prefix: str) -> Untie:
     named = dict(module.named_parameters())
-    return Step(
+    return Untie(
         site=site,
         to="identity",
         options={},
         fidelity=Fidelity.EVAL,
-        action="fold",
         notes=tuple(
             f"untied: {prefix}{name} is a copy of its own ({_size(tensor)} bytes)"
             for name, tensor in named.items()
         ),
-        rule=UNTIED,
+        source=source,
+        size=sum(map(_size, named.values())),
         edits=tuple(Copy(f"{prefix}{name}", f"{source}.{name}") for name in named),
     )
 

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from normsurgery.fold.editing import edited, kept_like, made_by, needed_by
 from normsurgery.fold.edits import Create, Drop, Edit, reads
-from normsurgery.plan import MERGED, Step
+from normsurgery.steps import Merge, Step
 from normsurgery.surgery.owner.biases import give_biases
 from normsurgery.surgery.source import module_at, tensor_at
 
@@ -48,9 +48,9 @@ def _before_merges(steps: Sequence[Step]) -> tuple[Sequence[Step], set[str]]:
     for step in steps:
         kept: list[Edit] = []
         for edit in step.edits:
-            if step.rule == MERGED and isinstance(edit, Drop):
+            if isinstance(step, Merge) and isinstance(edit, Drop):
                 continue
-            if step.rule == MERGED or not late.isdisjoint((edit.target, *reads(edit))):
+            if isinstance(step, Merge) or not late.isdisjoint((edit.target, *reads(edit))):
                 late.add(edit.target)
             else:
                 kept.append(edit)

@@ -24,7 +24,7 @@ from normsurgery.fold.rules import AFFINE_RULES, TAIL_RULES, Proposal, Rule, sta
 from normsurgery.fold.steps import foremost, step_of
 from normsurgery.fold.unrun_code import UnrunCode
 from normsurgery.graph.flow import Operand
-from normsurgery.plan import Step
+from normsurgery.steps import Merge, Step, Together
 from normsurgery.surgery.references import ModuleReferences
 from normsurgery.survey import Site
 
@@ -168,7 +168,15 @@ class Worklist:
         self.made[lead.index] = step
         for index in indices[1:]:
             site = self.example.site(index)
-            self.made[index] = replace(step, site=site, edits=(), notes=(f"with {lead.label}",))
+            self.made[index] = Together(
+                site=site,
+                to=step.to,
+                options=step.options,
+                fidelity=step.fidelity,
+                notes=(f"with {lead.label}",),
+                lead=lead.index,
+                where=step.where,
+            )
         for one in taken:
             take(one, indices)
         for ground in self.grounds:
@@ -208,7 +216,7 @@ class Worklist:
         steps = merge_steps(self.example, [one for one, _ in agreed], planned)
         for step in steps:
             self.made[step.site.index] = step
-        for (_, same), step in zip(agreed, (s for s in steps if s.edits), strict=True):
+        for (_, same), step in zip(agreed, (s for s in steps if isinstance(s, Merge)), strict=True):
             for ground, one in same:
                 ground.merged.append(merged_layer(one, step))
                 ground.settled.update(site.index for site in one.identities)

@@ -11,8 +11,19 @@ from torch.utils._pytree import tree_leaves
 from normsurgery.errors import CannotRewrite
 from normsurgery.fold.channel_pad import without_padding
 from normsurgery.fold.edits import Drop
-from normsurgery.plan import LAYER_RULES, MERGED, Plan, Step
+from normsurgery.plan import Plan
 from normsurgery.spec import Source, get
+from normsurgery.steps import (
+    BakeWeight,
+    Duplicate,
+    FoldStep,
+    Merge,
+    MergedNorm,
+    Step,
+    Strip,
+    Swap,
+    Untie,
+)
 from normsurgery.surgery import fastpath
 from normsurgery.surgery.building import (
     Built,
@@ -74,11 +85,11 @@ def apply(model: nn.Module, plan: Plan, calls: Calls | None) -> Applied:
     planned for; CannotHold, before any weight is changed, where one cannot hold what a fold makes.
     """
     from normsurgery.fold.editing import require_padding_held
-    from normsurgery.fold.own_copies import UNTIED, make_copies
+    from normsurgery.fold.own_copies import make_copies
     from normsurgery.fold.weights import edit_weights, make_room
 
     progress = _Progress()
-    progress.layers += [n for n, step in enumerate(plan.steps) if step.rule == UNTIED]
+    progress.layers += [n for n, step in enumerate(plan.steps) if isinstance(step, Untie)]
     dropped = {edit.target for step in plan.steps for edit in step.edits if isinstance(edit, Drop)}
     gone = {name: others for name, others in aliases_of(model, plan).items() if name in dropped}
     make_copies(model, plan.steps, calls)
@@ -89,7 +100,7 @@ def apply(model: nn.Module, plan: Plan, calls: Calls | None) -> Applied:
         make_room(model, tuple(rest.values()))
     else:
         waiting = edit_weights(model, tuple(rest.values()))
-    merges = {n: step for n, step in rest.items() if step.rule == MERGED}
+    merges = {n: step for n, step in rest.items() if isinstance(step, (Merge, MergedNorm))}
     rest = {n: step for n, step in rest.items() if n not in merges}
     every = paths_of_all(model)
     paths = {step.site.path: every[id(module_at(model, step.site.path))] for step in rest.values()}
@@ -102,7 +113,7 @@ def apply(model: nn.Module, plan: Plan, calls: Calls | None) -> Applied:
         _rewrite(model, owner_path, paths[owner_path], built, calls, progress, around)
     replaced = [item for item in built.values() if item.step.site.form == "module"]
     edited = fastpath.switch_off(
-        model, [item.old for item in replaced if item.step.action != "copy"]
+        model, [item.old for item in replaced if not isinstance(item.step, Duplicate)]
     )
     modules = {n: item for n, item in built.items() if item.step.site.form == "module"}
     padding = {n: item for n, item in modules.items() if "pad" in item.step.options}
@@ -138,7 +149,7 @@ def _rebuild_layers(model: nn.Module, plan: Plan, progress: _Progress) -> nn.Mod
     from normsurgery.fold.parametrizations import apply_baked
 
     for position, step in enumerate(plan.steps):
-        if step.rule in LAYER_RULES:
+        if isinstance(step, (BakeWeight, Strip)):
             model = apply_baked(model, step)
             progress.layers.append(position)
     return model
@@ -211,7 +222,7 @@ def _rewritten(
         raise CannotRewrite("it has no values (meta device) to prove a rewritten forward on")
     else:
         # A fold holds in eval mode, and that is where the rewritten forward must agree.
-        modes = (False,) if all(step.action == "fold" for step in steps) else (False, True)
+        modes = (False,) if all(isinstance(step, FoldStep) for step in steps) else (False, True)
         rewrite_owner(owner, placements, calls, modes=modes, shared=shared)
     return [placement.name for placement in placements]
 
@@ -240,7 +251,7 @@ def _replace(
 ) -> nn.Module:
     """Put the new module wherever the old one is bound; returns the root."""
     before = saved_names(item.old)
-    if item.step.action != "copy":
+    if not isinstance(item.step, Duplicate):
         inherit(item.source.tensors, item.old, item.new, moved_names(item))
     model = bindings.replace(model, item.old, item.new)
     progress.done[position] = item
@@ -256,7 +267,7 @@ def companions(
 ) -> Mapping[str, Callable[[nn.Module], nn.Module]]:
     """What else a step replaces: path -> a function from the module there to the new one."""
     conversion = get(step.to).conversion(step.site.kind)
-    if step.action != "swap" or conversion is None or conversion.companions is None:
+    if not isinstance(step, Swap) or conversion is None or conversion.companions is None:
         return {}
     return conversion.companions(source, new, step.options)
 

@@ -9,9 +9,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from normsurgery.errors import CannotConvert, PromiseBroken, UsageError
-from normsurgery.plan import Init, Plan, Step, checked_init, skip_line, versions
+from normsurgery.plan import Init, Plan, checked_init, skip_line, versions
 from normsurgery.selection import Rule, as_rules, select
 from normsurgery.spec import Conversion, Fidelity, NormSpec, Source, get
+from normsurgery.steps import Duplicate, Replay, Step, Swap
 from normsurgery.survey import Site, Skip, Survey
 
 if TYPE_CHECKING:
@@ -95,10 +96,10 @@ def _decide(
         return _skip(site, reason)
     if copies:
         note = "a copy of the same module"
-        return Step(site, target.name, {}, Fidelity.IDENTICAL, "copy", (note,))
+        return Duplicate(site, target.name, {}, Fidelity.IDENTICAL, (note,))
     if same and site.call is not None and site.call.operations:
         note = "its own operations, as a module"
-        return Step(site, target.name, {}, Fidelity.IDENTICAL, "replay", (note,))
+        return Replay(site, target.name, {}, Fidelity.IDENTICAL, (note,))
     conversion = target.conversion(site.kind)
     if conversion is None:
         return _skip(site, f"there is no conversion from {site.kind} to {target.name}")
@@ -116,7 +117,7 @@ def _decide(
     promise = conversion.promise(source, resolved)
     if init == "reset" and promise > Fidelity.RETRAIN and source.tensors:
         promise = Fidelity.RETRAIN
-    return Step(site, target.name, resolved, promise)
+    return Swap(site, target.name, resolved, promise)
 
 
 def with_children(model: nn.Module, steps: Sequence[Step]) -> tuple[Step, ...]:

@@ -10,7 +10,8 @@ from torch import fx, nn
 from normsurgery.errors import CannotRead, CannotRewrite, UsageError
 from normsurgery.fold.neutral import NeutralBranch
 from normsurgery.norms.weightstandardization import is_standardized, take_off
-from normsurgery.plan import Plan, Step
+from normsurgery.plan import Plan
+from normsurgery.steps import FoldStep, Step
 from normsurgery.surgery.application import apply
 from normsurgery.surgery.owner import Placement, is_rewritten, reapply, restore
 from normsurgery.surgery.plan_record import record_plan
@@ -72,7 +73,9 @@ def restore_rewrites(model: nn.Module, plan: Plan | Report) -> nn.Module:
     """
     made = plan if isinstance(plan, Plan) else plan.plan
     # What a fold baked in is a plain layer, which is saved as it is.
-    weights = tuple(s for s in made.steps if s.site.attach == "weight" and s.action != "fold")
+    weights = tuple(
+        s for s in made.steps if s.site.attach == "weight" and not isinstance(s, FoldStep)
+    )
     if weights:
         model = apply(model, replace(made, steps=weights), None).model
     calls = [
