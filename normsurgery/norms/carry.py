@@ -101,7 +101,7 @@ def space(source: Source) -> int:
     return math.prod(source.shape[2:])
 
 
-# Of space, by torch's classes: what a model that is not run says of its inputs.
+# Of space, by torch's classes: also where the model is not run, or on one sample alone.
 _BY_CLASS: tuple[tuple[tuple[type[nn.Module], ...], int], ...] = (
     ((nn.BatchNorm1d, nn.InstanceNorm1d), 1),
     ((nn.BatchNorm2d, nn.InstanceNorm2d), 2),
@@ -110,10 +110,11 @@ _BY_CLASS: tuple[tuple[tuple[type[nn.Module], ...], int], ...] = (
 
 
 def dimensions_of(source: Source) -> int | None:
-    """Dimensions of space: of the recorded input, else of the class; None where neither tells."""
-    if source.shape is not None:
-        return len(source.shape) - 2
-    return next((n for classes, n in _BY_CLASS if isinstance(source.module, classes)), None)
+    """Dimensions of space: of the class, else of the recorded input; None where neither tells."""
+    for classes, dimensions in _BY_CLASS:
+        if isinstance(source.module, classes):
+            return dimensions
+    return None if source.shape is None else len(source.shape) - 2
 
 
 def require_elements(source: Source, to: str, elements: int, cure: str) -> None:

@@ -146,6 +146,9 @@ def _dimensions(source: Source, dimensions: int | None) -> int:
         )
     if dimensions is None:
         dimensions = dimensions_of(source)
+    if source.shape is not None and source.kind != "instancenorm":
+        cure = "Use groupnorm, whose groups span channels, or batchnorm."
+        require_elements(source, "instancenorm", space(source), cure)
     if dimensions not in BY_RANK:
         raise refusal(
             source,
@@ -153,9 +156,6 @@ def _dimensions(source: Source, dimensions: int | None) -> int:
             "torch has one class each for 1, 2 and 3 dimensions of space, and which is not known",
             "Give example inputs, or set dimensions=1, 2 or 3.",
         )
-    if source.shape is not None and source.kind != "instancenorm":
-        cure = "Use groupnorm, whose groups span channels, or batchnorm."
-        require_elements(source, "instancenorm", space(source), cure)
     return dimensions
 
 
