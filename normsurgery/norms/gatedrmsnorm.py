@@ -71,9 +71,9 @@ class GatedRMSNorm(nn.Module):
         opening = None if gate is None else F.silu(gate.to(wide.dtype))
         if opening is not None and not self.norm_before_gate:
             wide = wide * opening
-        grouped = wide.unflatten(-1, (-1, self.group_size))
+        grouped = in_groups(wide, self.group_size)
         square = grouped.square().mean(-1, keepdim=True)
-        y = (grouped * (square + self.eps).rsqrt()).flatten(-2) * self.weight
+        y: Tensor = (grouped * (square + self.eps).rsqrt()).flatten(-2) * self.weight
         if opening is not None and self.norm_before_gate:
             y = y * opening
         return y.to(x.dtype)
@@ -85,6 +85,12 @@ class GatedRMSNorm(nn.Module):
         )
 
 
+def in_groups(x: Tensor, size: int) -> Tensor:
+    """(..., C) as (..., C / size, size)."""
+    grouped: Tensor = x.unflatten(-1, (-1, size))  # type: ignore[no-untyped-call]
+    return grouped
+
+
 def formula(
     x: Tensor,
     tensors: Mapping[str, Tensor],
@@ -94,7 +100,7 @@ def formula(
 ) -> Tensor:
     opening = torch.ones_like(x) if gate is None else gate / (1 + torch.exp(-gate))
     before = settings["norm_before_gate"]
-    grouped = (x if before else x * opening).unflatten(-1, (-1, settings["group_size"]))
+    grouped = in_groups(x if before else x * opening, settings["group_size"])
     mean_square = (grouped * grouped).mean(-1, keepdim=True)
     y = (grouped / (mean_square + settings["eps"]).sqrt()).flatten(-2)
     y = scaled(y, tensors, settings)
