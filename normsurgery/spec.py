@@ -227,6 +227,10 @@ class NormSpec:
     without_mean: the norm that it is where the mean over its channels is zero already.
     tail: its weight and bias (roles of these names) come last, per channel, so that they can be
         folded into whatever reads the output.
+    bake: of a norm that acts on a weight, the weight that is used, of the tensors by role that it
+        is computed from (float64) and the settings.
+    idle: of a model, what `strip` leaves behind elsewhere in it and nothing waits for any more, and
+        what stands in its place.
     strip: the plain module that computes the same forward, for `fold`, or None.
     found_by_class: False where a module of these classes is no norm by itself (`nn.Identity`).
     """
@@ -259,6 +263,8 @@ class NormSpec:
     centre: str = ""
     without_mean: str = ""
     tail: bool = False
+    bake: Callable[[Mapping[str, Tensor], Mapping[str, Any]], Tensor] | None = None
+    idle: Callable[[nn.Module], list[tuple[nn.Module, nn.Module]]] | None = None
     strip: Callable[[nn.Module], nn.Module] | None = None
     random: bool = False
     found_by_class: bool = True

@@ -40,12 +40,11 @@ from normsurgery.fold.edits import (
 )
 from normsurgery.fold.running import run
 from normsurgery.fold.vectors import values
-from normsurgery.fold.weight_formulas import standardization_settings
 from normsurgery.graph import record
 from normsurgery.graph.operations import as_data
 from normsurgery.inputs import Inputs
 from normsurgery.norms.examples import randomised
-from normsurgery.norms.weightstandardization import WeightStandardization
+from normsurgery.norms.weightstandardization import WeightStandardization, standardization_settings
 
 BOUND = 1e-10
 

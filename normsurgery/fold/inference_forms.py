@@ -12,8 +12,6 @@ from normsurgery.errors import NormsurgeryError
 from normsurgery.find.by_type import all_paths
 from normsurgery.fold.checks import Check, NoMatch
 from normsurgery.fold.edits import Copy, Drop
-from normsurgery.norms.gates import GateTap
-from normsurgery.norms.neuronwise import Neuronwise
 from normsurgery.spec import Fidelity, NormSpec
 from normsurgery.steps import Step, Strip
 from normsurgery.surgery.inherit import hooks, tensor_in, tie
@@ -91,16 +89,8 @@ def apply_strip(model: nn.Module, step: Step) -> nn.Module:
         tie([(new, new_name)], tensor_in(old, old_name))
     hooks(old, new)
     model = replace_everywhere(model, old, new)
-    return _without_idle_taps(model)
-
-
-def _without_idle_taps(model: nn.Module) -> nn.Module:
-    """The activations themselves, where no layer waits for what their taps tell."""
-    layers = [module for module in model.modules() if isinstance(module, Neuronwise)]
-    waited_for = {id(layer.link) for layer in layers}
-    for tap in [module for module in model.modules() if isinstance(module, GateTap)]:
-        if id(tap.link) not in waited_for:
-            model = replace_everywhere(model, tap, tap.inner)
+    for left, instead in spec.idle(model) if spec.idle is not None else ():
+        model = replace_everywhere(model, left, instead)
     return model
 
 

@@ -33,7 +33,8 @@ def require(ground: Ground, model: nn.Module, site: Site, around: ModuleReferenc
         raise Refused(Check.TRAIN_MODE, f"{site.path} is in train mode", _EVAL)
     if not is_affine(site) and not has_tail(site):
         raise Refused(Check.COMPUTES)
-    if site.form == "module" and any(_arguments(call) != 1 for call in _calls(ground, site)):
+    taken = 1 + len(site.settings.get("inputs", ()))
+    if site.form == "module" and any(_arguments(call) != taken for call in _calls(ground, site)):
         raise Refused(Check.NOT_REWRITABLE, f"{site.path} is given more than what it normalises")
     reason = obstacle(model, site, copies=False, around=around)
     if reason is not None:

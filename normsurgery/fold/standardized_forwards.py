@@ -16,15 +16,14 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torch.utils._pytree import tree_leaves
 
 from normsurgery.find.events import plain
-from normsurgery.fold.weight_formulas import (
-    RELATIVE,
-    relative_error,
+from normsurgery.fold.weight_formulas import RELATIVE, relative_error
+from normsurgery.graph import Op, Recording, Ref, record
+from normsurgery.inputs import Inputs
+from normsurgery.norms.weightstandardization import (
+    per_output,
     standardization,
     standardization_settings,
 )
-from normsurgery.graph import Op, Recording, Ref, record
-from normsurgery.inputs import Inputs
-from normsurgery.norms.weightstandardization import per_output
 from normsurgery.precision import lifted
 from normsurgery.treecopy import tree_copy
 

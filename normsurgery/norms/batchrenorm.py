@@ -112,13 +112,16 @@ def standardised(
     axis, eps = settings["channel_axis"], settings["eps"]
     running_mean, running_var = (along(tensors[role], x, axis).to(x.dtype) for role in STATISTICS)
     running_std = (running_var + eps).sqrt()
+    y: Tensor
     if not training:
-        return (x - running_mean) / running_std
+        y = (x - running_mean) / running_std
+        return y
     mean, variance = _moments(x, axis)
     std = (variance + eps).sqrt()
     r = (std / running_std).clamp(1 / settings["r_max"], settings["r_max"]).detach()
     d = ((mean - running_mean) / running_std).clamp(-settings["d_max"], settings["d_max"])
-    return (x - mean) / std * r + d.detach()
+    y = d.detach() + (x - mean) / std * r
+    return y
 
 
 def _moments(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from normsurgery.norms.carry import effective, present, require_channels, scaled, settled
+from normsurgery.norms.carry import effective, present, require_channels, scaled, settled, without
 from normsurgery.norms.examples import randomised
 from normsurgery.norms.groupnorm import divisors
 from normsurgery.spec import Conversion, Example, Fidelity, Law, NormSpec, OnnxForm, Reading, Source
@@ -51,6 +51,8 @@ class GatedRMSNorm(nn.Module):
 
     Half precision is computed in float32. Raises WrongShape unless the last size is `features`.
     """
+
+    weight: nn.Parameter | None
 
     def __init__(
         self,
@@ -71,9 +73,10 @@ class GatedRMSNorm(nn.Module):
         opening = None if gate is None else F.silu(gate.to(wide.dtype))
         if opening is not None and not self.norm_before_gate:
             wide = wide * opening
-        grouped = wide.unflatten(-1, (-1, self.group_size))
+        grouped = in_groups(wide, self.group_size)
         square = grouped.square().mean(-1, keepdim=True)
-        y = (grouped * (square + self.eps).rsqrt()).flatten(-2) * self.weight
+        y: Tensor = (grouped * (square + self.eps).rsqrt()).flatten(-2)
+        y = y if self.weight is None else y * self.weight
         if opening is not None and self.norm_before_gate:
             y = y * opening
         return y.to(x.dtype)
@@ -85,6 +88,12 @@ class GatedRMSNorm(nn.Module):
         )
 
 
+def in_groups(x: Tensor, size: int) -> Tensor:
+    """(..., C) as (..., C / size, size)."""
+    grouped: Tensor = x.unflatten(-1, (-1, size))  # type: ignore[no-untyped-call]
+    return grouped
+
+
 def formula(
     x: Tensor,
     tensors: Mapping[str, Tensor],
@@ -94,7 +103,7 @@ def formula(
 ) -> Tensor:
     opening = torch.ones_like(x) if gate is None else gate / (1 + torch.exp(-gate))
     before = settings["norm_before_gate"]
-    grouped = (x if before else x * opening).unflatten(-1, (-1, settings["group_size"]))
+    grouped = in_groups(x if before else x * opening, settings["group_size"])
     mean_square = (grouped * grouped).mean(-1, keepdim=True)
     y = (grouped / (mean_square + settings["eps"]).sqrt()).flatten(-2)
     y = scaled(y, tensors, settings)
@@ -127,6 +136,7 @@ def build(source: Source, *, init: str = "copy") -> nn.Module:
         group_size=given["group_size"],
         norm_before_gate=given["norm_before_gate"],
     )
+    module = without(module, "weight" in source.tensors, True)
     return settled(module, source, init, {"weight": effective(source, "weight")})
 
 
@@ -166,5 +176,6 @@ NORM = NormSpec(
     laws=frozenset({Law.SCALE_INVARIANT, Law.BATCH_INDEPENDENT, Law.PERMUTATION_EQUIVARIANT}),
     onnx=OnnxForm({18: OPERATORS}),
     hypotheses=hypotheses,
+    tail=True,
     why_not_affine="its root mean square is that of each position, in eval as in training",
 )

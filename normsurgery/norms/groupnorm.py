@@ -42,7 +42,6 @@ Reference
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from itertools import permutations
 from typing import Any
 
 import torch
@@ -65,6 +64,7 @@ from normsurgery.norms.carry import (
     without,
 )
 from normsurgery.norms.examples import randomised
+from normsurgery.norms.moments import affine_readings
 from normsurgery.spec import (
     Conversion,
     Example,
@@ -150,14 +150,9 @@ def hypotheses(shape: tuple[int, ...], tensors: Mapping[str, tuple[int, ...]]) -
     """
     for axis in (1, -1) if len(shape) > 2 else (-1,) if shape else ():
         features = shape[axis]
-        fitting = [name for name, size in tensors.items() if torch.Size(size).numel() == features]
-        for roles in (("weight", "bias"), ("weight",), ("bias",), ()):
-            for names in permutations(fitting, len(roles)):
-                for groups in divisors(features)[:-1]:
-                    yield Reading(
-                        dict(zip(roles, names, strict=True)),
-                        {"channel_axis": axis, "features": features, "num_groups": groups},
-                    )
+        for groups in divisors(features)[:-1]:
+            settings = {"channel_axis": axis, "features": features, "num_groups": groups}
+            yield from affine_readings(tensors, features, settings)
 
 
 def divisors(number: int) -> list[int]:

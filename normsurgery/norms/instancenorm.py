@@ -40,7 +40,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from itertools import permutations
 from typing import Any
 
 import torch
@@ -64,6 +63,7 @@ from normsurgery.norms.carry import (
     without,
 )
 from normsurgery.norms.examples import randomised
+from normsurgery.norms.moments import affine_readings
 from normsurgery.spec import (
     Conversion,
     Example,
@@ -126,13 +126,9 @@ def operator(reading: Reading) -> str:
 
 def hypotheses(shape: tuple[int, ...], tensors: Mapping[str, tuple[int, ...]]) -> Iterator[Reading]:
     """Without running statistics, vectors of C elements in either role."""
-    if len(shape) < 3:
-        return
-    fitting = [name for name, size in tensors.items() if torch.Size(size).numel() == shape[1]]
-    settings = {"channel_axis": 1, "features": shape[1], "momentum": 0.1}
-    for roles in (("weight", "bias"), ("weight",), ("bias",), ()):
-        for names in permutations(fitting, len(roles)):
-            yield Reading(dict(zip(roles, names, strict=True)), settings)
+    if len(shape) > 2:
+        settings = {"channel_axis": 1, "features": shape[1], "momentum": 0.1}
+        yield from affine_readings(tensors, shape[1], settings)
 
 
 def _dimensions(source: Source, dimensions: int | None) -> int:

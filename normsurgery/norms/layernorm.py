@@ -35,7 +35,6 @@ Reference
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from itertools import permutations
 from typing import Any
 
 import torch
@@ -58,6 +57,7 @@ from normsurgery.norms.carry import (
 )
 from normsurgery.norms.examples import randomised
 from normsurgery.norms.layernorm2d import LayerNorm2d
+from normsurgery.norms.moments import SPELLINGS, by_deviation, spelled_readings, standardised
 from normsurgery.spec import (
     Conversion,
     Example,
@@ -68,11 +68,6 @@ from normsurgery.spec import (
     Reading,
     Source,
     Spelling,
-)
-
-SPELLINGS = tuple(
-    {"eps_outside": outside, "unbiased": unbiased}
-    for outside, unbiased in ((False, False), (True, True), (True, False), (False, True))
 )
 
 
@@ -103,12 +98,8 @@ class StdLayerNorm(nn.Module):
                 f"(..., {self.features})",
                 "It normalises the last dimension; permute the input.",
             )
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        centred = wide - wide.mean(-1, keepdim=True)
-        if self.eps_outside:  # torch's own std has a gradient where the variance is zero
-            y = centred / (wide.std(-1, unbiased=self.unbiased, keepdim=True) + self.eps)
-        else:
-            y = centred / (wide.var(-1, unbiased=self.unbiased, keepdim=True) + self.eps).sqrt()
+        spelling = {"unbiased": self.unbiased, "eps_outside": self.eps_outside}
+        y = by_deviation(x, [-1], self.eps, **spelling)
         y = y if self.weight is None else y * self.weight
         y = y if self.bias is None else y + self.bias
         return y.to(x.dtype)
@@ -125,13 +116,7 @@ def formula(
 ) -> Tensor:
     sizes = settings["normalized_shape"]
     over = list(range(-len(sizes), 0))
-    centred = x - x.mean(over, keepdim=True)
-    variance = x.var(over, unbiased=settings.get("unbiased", False), keepdim=True)
-    y: Tensor
-    if settings.get("eps_outside", False):
-        y = centred / (variance.sqrt() + settings["eps"])
-    else:
-        y = centred / (variance + settings["eps"]).sqrt()
+    y = standardised(x, over, settings)
     if "weight" in tensors:
         y = y * (_shaped(tensors["weight"], sizes) + settings.get("weight_offset", 0.0))
     if "bias" in tensors:
@@ -180,21 +165,8 @@ def hypotheses(shape: tuple[int, ...], tensors: Mapping[str, tuple[int, ...]]) -
     """Over the last k dimensions, every spelling, tensors of that size in either role."""
     for count in range(1, max(2, len(shape))):
         sizes = list(shape[-count:])
-        elements = torch.Size(sizes).numel()
-        fitting = [name for name, size in tensors.items() if torch.Size(size).numel() == elements]
-        for roles in (("weight", "bias"), ("weight",), ("bias",), ()):
-            for names in permutations(fitting, len(roles)):
-                for spelling in SPELLINGS:
-                    settings = {
-                        "channel_axis": -1,
-                        "features": sizes[-1],
-                        "normalized_shape": sizes,
-                        **spelling,
-                    }
-                    by_role = dict(zip(roles, names, strict=True))
-                    yield Reading(by_role, {**settings, "weight_offset": 0.0})
-                    if "weight" in roles:
-                        yield Reading(by_role, {**settings, "weight_offset": 1.0})
+        settings = {"channel_axis": -1, "features": sizes[-1], "normalized_shape": sizes}
+        yield from spelled_readings(tensors, torch.Size(sizes).numel(), settings)
 
 
 def from_any(source: Source, *, init: str = "copy", affine: bool | None = None) -> nn.Module:

@@ -3,7 +3,8 @@
 What it computes
     y = x / sqrt(running_square + eps) * weight + bias, per channel, in both modes; a call in
     training then moves `running_square` towards the mean square of the batch. Backward is
-    approximate: with x^ = x / sqrt(running_square + eps), dx = (g weight - running_product * x^) / sqrt(...), where
+    approximate: with x^ = x / sqrt(running_square + eps),
+    dx = (g weight - running_product * x^) / sqrt(running_square + eps), where
     `running_product` is a running estimate of mean(g weight x^), which backward moves.
 
 Use it when
