@@ -4,16 +4,23 @@
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
+SEED := $(or $(SEED),$(shell date +%s))
+# Neighbouring tests, which share an export or a session, run in one worker where they can.
+WORKERS := -n $(JOBS) --dist worksteal
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint types install
+.PHONY: demo test campaign lint types install
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
 test: lint types
-	$(BIN)/python -m pytest -n $(JOBS)
+	$(BIN)/python -m pytest $(WORKERS) --durations=30
+
+# The long tests whole, with fresh seeds; SEED=n for those of an earlier run (tests/campaign.py).
+campaign: $(STAMP)
+	CAMPAIGN=$(SEED) $(BIN)/python -m pytest $(WORKERS) -m campaign --hypothesis-seed=$(SEED)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

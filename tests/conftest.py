@@ -19,8 +19,16 @@ from hypothesis import settings
 APIS = "onnxscript._framework_apis."
 ALLOWED_SKIPS = Path(__file__).with_name("allowed_skips.txt")
 
-settings.register_profile("normsurgery", deadline=None, derandomize=True)
-settings.load_profile("normsurgery")
+CAMPAIGN = os.environ.get("CAMPAIGN")  # tests/campaign.py says what it is
+
+# `make test` draws the same few examples every time; a campaign many, from the seed it is given.
+settings.register_profile("test", deadline=None, derandomize=True, max_examples=25)
+settings.register_profile("campaign", deadline=None, max_examples=1000)
+settings.load_profile("test" if CAMPAIGN is None else "campaign")
+
+
+def pytest_report_header() -> str | None:
+    return CAMPAIGN and f"campaign of the seeds from {CAMPAIGN} on: make campaign SEED={CAMPAIGN}"
 
 
 @cache

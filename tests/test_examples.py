@@ -54,7 +54,6 @@ def test_the_shipped_file_is_small() -> None:
     assert SHIPPED.stat().st_size < 400_000
 
 
-@pytest.mark.slow
 def test_training_again_reaches_the_shipped_accuracy(digits: ModuleType, tmp_path: Path) -> None:
     again = tmp_path / "again.pt"
     words = [sys.executable, str(EXAMPLES / "train_digits.py"), str(again)]
@@ -64,7 +63,6 @@ def test_training_again_reaches_the_shipped_accuracy(digits: ModuleType, tmp_pat
     assert abs(digits.accuracy(artefacts.load(again).model, test) - shipped) <= 0.02
 
 
-@pytest.mark.slow
 def test_the_demo_shows_the_loss_and_the_recovery(tmp_path: Path) -> None:
     """The demo's numbers are this run's: the swap costs accuracy, the fine-tune brings it back."""
     demo = [sys.executable, str(EXAMPLES / "demo.py"), str(tmp_path / "demo")]

@@ -91,16 +91,6 @@ EXPECTED = {
     "mamba": Expected(ONE_LENGTH, {"rmsnorm": 3}, 23, {"RMSNormalization": 3}, 20),
 }
 
-# Of the fp16 exports those that every run makes; the others are slow.
-HALF_ALWAYS = ("resnet", "gpt2", "llama")
-
-
-def half_models() -> list[Any]:
-    slow = [pytest.param(name, marks=pytest.mark.slow) for name in EXPECTED]
-    return [
-        name if name in HALF_ALWAYS else mark for name, mark in zip(EXPECTED, slow, strict=True)
-    ]
-
 
 def exported(name: str, path: Path, **options: Any) -> tuple[nn.Module, Report]:
     row, expected = models()[name], EXPECTED[name]
@@ -180,7 +170,7 @@ def test_a_model_is_exported_and_proven_in_float32(name: str, tmp_path: Path) ->
     require_right_at_other_sizes(name, model, path)
 
 
-@pytest.mark.parametrize("name", half_models())
+@pytest.mark.parametrize("name", EXPECTED)
 def test_a_model_is_exported_and_proven_in_half(name: str, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     model, report = exported(name, path, dtype="fp16", fold=False)

@@ -1,12 +1,14 @@
 """Random models: a fold preserves the function or is refused, and few that could be are.
 
-benchmarks/fold_random.py does the same for many more, and prints what it counted.
+`make test` takes fixed seeds, so many that every rule and every hazard comes up; `make campaign`
+more, and fresh ones. benchmarks/fold_random.py does the same, and prints what it counted.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+import campaign
 import pytest
 import torch
 from random_models.grow import grow
@@ -17,29 +19,26 @@ from random_models.render import built
 from random_models.tally import tally
 from random_models.trial import calls, outputs, tells, try_fold
 
-FIRST = 400
-MODELS = 1200
-PARTS = 4
+FOLDED = campaign.seeds(range(400, 700), 2400)
+PARTS = [FOLDED[first : first + 600] for first in range(0, len(FOLDED), 600)]
 EVERY = 10  # of so many models, one is also folded again
-JUDGED = range(500_000, 500_200)  # those whose every norm the oracle judges
+JUDGED = campaign.seeds(range(500_000, 500_060), 1200)  # those whose every norm the oracle judges
 SHARE = 0.99
 LEAST = 1  # how often every rule and every hazard comes up in each part
 BOUND = 1e-10  # what a formula is held to, in float64
 
 
-@pytest.mark.parametrize("part", range(PARTS))
-def test_a_fold_preserves_the_function_or_is_refused(part: int) -> None:
+@pytest.mark.campaign
+@pytest.mark.parametrize("seeds", PARTS, ids=str)
+def test_a_fold_preserves_the_function_or_is_refused(seeds: range) -> None:
     """Zero wrong folds, and every rule and every hazard comes up."""
-    size = MODELS // PARTS
-    outcomes = [
-        try_fold(seed, oracle=False, again=seed % EVERY == 0)
-        for seed in range(FIRST + part * size, FIRST + (part + 1) * size)
-    ]
+    outcomes = [try_fold(seed, oracle=False, again=seed % EVERY == 0) for seed in seeds]
     failed = [outcome.describe() for outcome in outcomes if outcome.wrong]
-    assert not failed, f"{len(failed)} of {size} failed; the first: {failed[0]}"
+    assert not failed, f"{len(failed)} of {len(seeds)} failed; the first: {failed[0]}"
     assert not tally(outcomes).rarer_than(LEAST)
 
 
+@pytest.mark.campaign
 def test_what_the_oracle_can_fold_is_folded() -> None:
     outcomes = [try_fold(seed, oracle=True, again=False) for seed in JUDGED]
     failed = [outcome.describe() for outcome in outcomes if outcome.wrong]
@@ -48,9 +47,10 @@ def test_what_the_oracle_can_fold_is_folded() -> None:
     assert counted.foldable > len(JUDGED) and counted.share >= SHARE, "\n".join(counted.left)
 
 
+@pytest.mark.campaign
 def test_the_structure_computes_what_the_model_computes() -> None:
     """The oracle judges a structure; it must be that of the model which is folded."""
-    for seed in range(200):
+    for seed in campaign.seeds(range(100), 1000):
         program = replace(grow(seed), dtype="float64")
         with built(program) as model, torch.no_grad():
             tensors = {name: t.clone() for name, t in model.state_dict().items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -58,6 +59,7 @@ class Source:
             )
 
 
+@cache
 def sources() -> dict[str, Source]:
     """All of them by name."""
     text = {"input_ids": {0: "batch", 1: "sequence"}}
