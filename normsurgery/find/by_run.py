@@ -7,9 +7,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import fx
 
-from normsurgery.find.events import Event, schema_name
-from normsurgery.graph import Recording, Ref
+from normsurgery.find.events import Event
+from normsurgery.graph import Flow
+from normsurgery.graph.nodes import (
+    frames,
+    function_call,
+    is_constant,
+    operator,
+    outputs_of,
+    shape,
+    tensor,
+)
 
 _BATCH = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 _BATCH_ATEN = (
@@ -67,24 +77,22 @@ _DEFAULTS = {"eps": 1e-5, "momentum": 0.1, "training": False, "p": 2.0, "dim": 1
 _ROLES = ("weight", "bias", "running_mean", "running_var")
 
 
-def events(recording: Recording) -> Iterator[Event]:
+def events(recording: Flow) -> Iterator[Event]:
     """Every call of a norm function, then every norm operator outside such a call."""
     for call in recording.calls:
         if call.function not in FUNCTIONS:
             continue
         kind, names = FUNCTIONS[call.function]
         given = _given(names, call.args, call.kwargs)
-        if isinstance(call.output, Ref):
-            yield _event(
-                recording, kind, given, call.output.value, call.frames, (call.start, call.end)
-            )
-    for op in recording.ops:
-        if op.call is None and schema_name(op) in OPERATORS and op.outputs:
-            kind, names = OPERATORS[schema_name(op)]
-            if op.name.endswith("no_stats"):
+        if isinstance(call.output, fx.Node):
+            yield _event(kind, given, call.output, call.frames, call.operations)
+    for op in recording.operations:
+        if function_call(op) is None and operator(op) in OPERATORS and outputs_of(op):
+            kind, names = OPERATORS[operator(op)]
+            if str(op.target).endswith("no_stats"):
                 names = tuple(name for name in names if not name.startswith("running"))
             given = _given(names, op.args, op.kwargs)
-            yield _event(recording, kind, given, op.outputs[0], op.frames, (op.index, op.index + 1))
+            yield _event(kind, given, outputs_of(op)[0], frames(op), (op,))
 
 
 def _given(
@@ -94,30 +102,28 @@ def _given(
 
 
 def _event(
-    recording: Recording,
     kind: str,
     given: Mapping[str, Any],
-    output: int,
+    output: fx.Node,
     frames: Any,
-    ops: tuple[int, int],
+    operations: tuple[fx.Node, ...],
 ) -> Event:
-    value = given["input"].value
-    x = recording.values[value]
+    value = given["input"]
     return Event(
         input=value,
         output=output,
-        ops=tuple(range(*ops)),
+        operations=operations,
         frames=frames,
-        constant=x.constant,
+        constant=is_constant(value),
         kind=kind,
-        settings=_settings(kind, given, x.shape, x.tensor.dtype),
+        settings=_settings(kind, given, shape(value), tensor(value).dtype),
         tensors=_tensors(kind, given),
         refusal=_refusal(kind, given),
     )
 
 
-def _tensors(kind: str, given: Mapping[str, Any]) -> dict[str, int]:
-    found = {role: given[role].value for role in _ROLES if isinstance(given.get(role), Ref)}
+def _tensors(kind: str, given: Mapping[str, Any]) -> dict[str, fx.Node]:
+    found = {role: given[role] for role in _ROLES if isinstance(given.get(role), fx.Node)}
     if kind == "instancenorm" and given.get("use_input_stats", given["training"]):
         return {role: value for role, value in found.items() if not role.startswith("running")}
     return found

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from torch import fx
+
 from normsurgery.fold.edits import Vector
 from normsurgery.fold.ground import Affine, Run
 from normsurgery.fold.unlisted import affine_of_unlisted, is_unlisted
-from normsurgery.graph.flow import Node
+from normsurgery.graph.nodes import arguments, operator
 from normsurgery.spec import get
 from normsurgery.survey import Site
 
@@ -53,8 +55,8 @@ def uses_batch(run: Run) -> bool:
     return any(_node_uses_batch(node) for node in run.nodes)
 
 
-def _node_uses_batch(node: Node) -> bool:
-    place = _TRAINING_ARGUMENT.get(node.name)
+def _node_uses_batch(node: fx.Node) -> bool:
+    place = _TRAINING_ARGUMENT.get(operator(node))
     if place is not None:
-        return bool(node.args[place])
-    return node.name == "aten::_native_batch_norm_legit_no_stats"
+        return bool(arguments(node)[place])
+    return operator(node) == "aten::_native_batch_norm_legit_no_stats"

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import fx, nn
 
 from normsurgery.fold.checks import Check
 from normsurgery.fold.ground import Ground, Refused
-from normsurgery.graph.flow import Node, Operand
+from normsurgery.graph.flow import Operand
+from normsurgery.graph.nodes import frames
 
 if TYPE_CHECKING:
     from normsurgery.fold.parallel_branches import Branch
@@ -33,10 +34,10 @@ def require_own(ground: Ground, branch: Branch, owner: nn.Module) -> None:
             raise Refused(Check.HOOK, f"{_path(ground, module)} has one")
 
 
-def inner_modules(nodes: Collection[Node], owner: nn.Module) -> Iterator[nn.Module]:
+def inner_modules(nodes: Collection[fx.Node], owner: nn.Module) -> Iterator[nn.Module]:
     """The modules inside the owner in whose forwards the nodes ran."""
     for node in nodes:
-        around = [frame.module for frame in node.frames]
+        around = [frame.module for frame in frames(node)]
         if owner in around:
             yield from around[: around.index(owner)]
 
@@ -52,17 +53,17 @@ def _require_one_name(ground: Ground, operand: Operand) -> None:
         raise Refused(Check.TIED, f"{operand.name} has another name too")
 
 
-def _require_own_norm(ground: Ground, path: str, index: int, nodes: Collection[Node]) -> None:
+def _require_own_norm(ground: Ground, path: str, index: int, nodes: Collection[fx.Node]) -> None:
     if len(ground.runs[index]) > 1:
         raise Refused(Check.CALLED_AGAIN, f"{path} runs more than once")
-    own = {node.index for node in nodes}
+    own = set(nodes)
     module = ground.model.get_submodule(path)
     for name, tensor in (*module.named_parameters(path), *module.named_buffers(path)):
         operand = Operand(name, tensor, ())
         _require_one_name(ground, operand)
         if ground.flow.is_exposed(operand):
             raise Refused(Check.RETURNED, f"{name} itself is returned by the model")
-        others = [node for node in ground.flow.uses(operand) if node.index not in own]
+        others = [node for node in ground.flow.uses(operand) if node not in own]
         if others:
             raise Refused(Check.TIED, f"{name} is read by {ground.path(others[0])} as well")
 

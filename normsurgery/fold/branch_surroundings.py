@@ -16,6 +16,7 @@ from normsurgery.fold.code_reach import Reach, reaches
 from normsurgery.fold.ground import Ground, Landing, Refused
 from normsurgery.fold.parallel_branches import KIND, Apart, BranchSum, branch_sums
 from normsurgery.fold.preconditions import require
+from normsurgery.graph.nodes import frames, maker, outputs_of
 from normsurgery.surgery.obstacles import obstacle
 from normsurgery.surgery.owner.install import is_rewritten
 from normsurgery.surgery.references import ModuleReferences
@@ -68,7 +69,7 @@ class Merging:
                 raise Refused(Check.NOT_REWRITABLE, f"{path}: {reason}")
         landings = [Landing(branch.nodes, (), ()) for branch in found.branches]
         nodes = ground.flow.between(found.branches[0].source, found.output)
-        inside = {value for node in nodes for value in node.outputs} - {found.output}
+        inside = {value for node in nodes for value in outputs_of(node)} - {found.output}
         require_accepted(ground, self.model, landings, inside)
         self._require_unreached(found)
 
@@ -133,13 +134,13 @@ def _gone(ground: Ground, found: BranchSum) -> set[str]:
 def _code_of(ground: Ground, found: BranchSum) -> Iterator[tuple[str, CodeType]]:
     """The code that runs the branches, with the path of the module that runs it."""
     owner = ground.model.get_submodule(found.owner)
-    last = ground.flow.maker(found.output)
+    last = maker(found.output)
     nodes = [node for branch in found.branches for node in branch.nodes]
     for node in (*nodes, *(() if last is None else (last,))):
-        modules = [frame.module for frame in node.frames]
+        modules = [frame.module for frame in frames(node)]
         if owner not in modules:
             continue
         outermost = len(modules) - modules[::-1].index(owner)
-        for frame in node.frames[:outermost]:
+        for frame in frames(node)[:outermost]:
             if frame.code is not None:
                 yield ground.located.recording.path(frame.module), frame.code

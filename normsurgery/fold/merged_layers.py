@@ -13,6 +13,7 @@ from normsurgery.fold.edits import AddProduct, Centre, Create, Edit, Scale, Shif
 from normsurgery.fold.ground import Affine, Ground, Landing, MergedLayer, Refused
 from normsurgery.fold.landings import affine_at
 from normsurgery.fold.parallel_branches import BranchSum
+from normsurgery.graph.nodes import in_order
 from normsurgery.plan import MERGED, Step
 
 
@@ -21,11 +22,11 @@ def merged_layer(found: BranchSum, step: Step) -> MergedLayer:
     first = found.branches[0].layer
     assert first is not None
     weight = next(edit.target for edit in step.edits if isinstance(edit, Create))
-    nodes = {node.index: node for branch in found.branches for node in branch.nodes}
+    nodes = {node for branch in found.branches for node in branch.nodes}
     return MergedLayer(
         source=found.branches[0].source,
         output=found.output,
-        nodes=tuple(nodes[index] for index in sorted(nodes)),
+        nodes=in_order(nodes),
         weight=weight,
         bias=f"{weight.removesuffix('weight')}bias",
         has_bias=bool(step.options["bias"]),
@@ -79,8 +80,8 @@ def on_merged_mean(ground: Ground, merged: MergedLayer, channels: Tensor) -> Lan
 
 def _hint(ground: Ground, merged: MergedLayer) -> str:
     """An explicit padding, where nothing else would see it."""
-    inside = {node.index for node in merged.nodes}
-    others = [n for n in ground.flow.readers(merged.source) if n.index not in inside]
+    inside = set(merged.nodes)
+    others = [n for n in ground.flow.readers(merged.source) if n not in inside]
     if others or ground.choices.explicit_pad:
         return ""
     return "Use pad='explicit' to write the padding out."

@@ -23,8 +23,16 @@ from normsurgery.fold.checks import Check, NoMatch
 from normsurgery.fold.ground import Ground, Refused, Run
 from normsurgery.fold.kernels import Geometry, Sizes
 from normsurgery.fold.landings import CONVOLUTION, PRODUCTS, Layer, layer
-from normsurgery.graph import Op
-from normsurgery.graph.flow import Node
+from normsurgery.graph.nodes import (
+    arguments,
+    frames,
+    inputs_of,
+    maker,
+    module_of,
+    operator,
+    outputs_of,
+    shape,
+)
 from normsurgery.graph.positions import forward_of
 from normsurgery.survey import CallSite, Origin, Site
 
@@ -40,13 +48,13 @@ class Branch:
     between: what norms that are gone made of `source` in front of it.
     """
 
-    source: int
-    nodes: tuple[Node, ...]
+    source: fx.Node
+    nodes: tuple[fx.Node, ...]
     path: str
     normed: bool
     layer: Layer | None = None
     run: Run | None = None
-    between: tuple[int, ...] = ()
+    between: tuple[fx.Node, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,7 @@ class BranchSum:
     """
 
     owner: str
-    output: int
+    output: fx.Node
     paths: tuple[str, ...]
     call: CallSite
     branches: tuple[Branch, ...]
@@ -117,44 +125,45 @@ def _identities(branches: Sequence[Branch]) -> tuple[Site, ...]:
 # --- the sums -----------------------------------------------------------------------------------
 
 
-def _sums(ground: Ground) -> Iterator[tuple[int, list[Branch]]]:
+def _sums(ground: Ground) -> Iterator[tuple[fx.Node, list[Branch]]]:
     """The output and the branches of each sum that is not part of a larger one."""
-    done: set[int] = set()
-    for node in reversed(ground.flow.nodes):
-        if node.name == "aten::add" and node.index not in done:
+    done: set[fx.Node] = set()
+    for node in reversed(ground.flow.operations):
+        if operator(node) == "aten::add" and node not in done:
             yield from _Tree(ground, done).found_from(node)
 
 
 class _Tree:
     """One tree of additions, read from its root."""
 
-    def __init__(self, ground: Ground, done: set[int]) -> None:
+    def __init__(self, ground: Ground, done: set[fx.Node]) -> None:
         self.ground, self.done = ground, done
-        self.root = -1
-        self.found: list[tuple[int, list[Branch]]] = []
+        self.found: list[tuple[fx.Node, list[Branch]]] = []
 
-    def found_from(self, root: Node) -> list[tuple[int, list[Branch]]]:
-        self.root = root.outputs[0]
+    def found_from(self, root: fx.Node) -> list[tuple[fx.Node, list[Branch]]]:
+        self.root = outputs_of(root)[0]
         self._keep(self.root, self._addition(root))
         return self.found
 
-    def _keep(self, output: int, branches: list[Branch] | None) -> None:
+    def _keep(self, output: fx.Node, branches: list[Branch] | None) -> None:
         if branches is None or len(branches) < 2:
             return
         if any(branch.layer for branch in branches) and any(branch.normed for branch in branches):
             self.found.append((output, branches))
 
-    def _addition(self, node: Node) -> list[Branch] | None:
+    def _addition(self, node: fx.Node) -> list[Branch] | None:
         """The branches it adds up; None where one summand is none, and the others are kept."""
-        self.done.add(node.index)
+        self.done.add(node)
         plain = node.kwargs.get("alpha", 1) == 1
-        if len(node.inputs) == 1 and plain and node.args[1] == 0:  # sum() begins with 0
-            return self._branches(node.inputs[0], (node,))
-        shapes = {self.ground.flow.shape(value) for value in (*node.inputs, *node.outputs)}
-        if len(node.inputs) != 2 or not plain or len(shapes) != 1:
+        if len(inputs_of(node)) == 1 and plain and arguments(node)[1] == 0:  # sum() begins with 0
+            return self._branches(inputs_of(node)[0], (node,))
+        shapes = {shape(value) for value in (*inputs_of(node), *outputs_of(node))}
+        if len(inputs_of(node)) != 2 or not plain or len(shapes) != 1:
             return None
         # What is added to itself is no two branches.
-        parts = [(value, self._branches(value, (node,))) for value in dict.fromkeys(node.inputs)]
+        parts = [
+            (value, self._branches(value, (node,))) for value in dict.fromkeys(inputs_of(node))
+        ]
         known = [branches for _, branches in parts if branches is not None]
         together = self._of_one_value([branch for branches in known for branch in branches])
         if len(known) == 2 and together is not None:
@@ -177,22 +186,22 @@ class _Tree:
             for branch, values in zip(branches, read, strict=True)
         ]
 
-    def _begun_at(self, branch: Branch, passed: Sequence[int], source: int) -> Branch:
+    def _begun_at(self, branch: Branch, passed: Sequence[fx.Node], source: fx.Node) -> Branch:
         """The branch with the norms that are gone in front of it, whose outputs are `passed`. One
         that something outside the sum reads as well is no part of it."""
         if not passed:
             return branch
-        inside = {node.index for node in self.ground.flow.between(source, self.root)}
+        inside = set(self.ground.flow.between(source, self.root))
         own = [
             value
             for value in passed
-            if all(node.index in inside for node in self.ground.flow.readers(value))
+            if all(node in inside for node in self.ground.flow.readers(value))
         ]
         before = [node for value in reversed(own) for node in self.ground.ends[value].nodes]
         nodes, between = (*before, *branch.nodes), (*branch.between, *own)
         return replace(branch, source=source, nodes=nodes, between=between, normed=True)
 
-    def _back_from(self, value: int) -> list[int]:
+    def _back_from(self, value: fx.Node) -> list[fx.Node]:
         """The value, and those that it was made of by norms that are gone."""
         found = [value]
         while value in self.ground.gone:
@@ -200,16 +209,16 @@ class _Tree:
             found.append(value)
         return found
 
-    def _branches(self, value: int, readers: Sequence[Node]) -> list[Branch] | None:
+    def _branches(self, value: fx.Node, readers: Sequence[fx.Node]) -> list[Branch] | None:
         try:
             return self._summand(value, readers)
         except Refused:
             return None
 
-    def _summand(self, value: int, readers: Sequence[Node]) -> list[Branch] | None:
-        ground, flow = self.ground, self.ground.flow
+    def _summand(self, value: fx.Node, readers: Sequence[fx.Node]) -> list[Branch] | None:
+        ground = self.ground
         ground.require_only(value, readers)
-        nodes: tuple[Node, ...] = ()
+        nodes: tuple[fx.Node, ...] = ()
         normed = value in ground.gone
         run = ground.ends.get(value)
         if run is not None and not normed:
@@ -218,16 +227,16 @@ class _Tree:
             gone = ground.ends[value]
             value, readers, nodes = gone.start, gone.nodes, (*gone.nodes, *nodes)
             ground.require_only(value, readers)
-        node = flow.maker(value)
+        node = maker(value)
         if node is None:
             return None
-        if node.name == "aten::add" and not nodes:
+        if operator(node) == "aten::add" and not nodes:
             return self._addition(node)
-        while node is not None and node.name in VIEWS:
-            ground.require_only(node.inputs[0], (node,))
+        while node is not None and operator(node) in VIEWS:
+            ground.require_only(inputs_of(node)[0], (node,))
             nodes = (node, *nodes)
-            node = flow.maker(node.inputs[0])
-        if node is None or (node.name != CONVOLUTION and node.name not in PRODUCTS):
+            node = maker(inputs_of(node)[0])
+        if node is None or (operator(node) != CONVOLUTION and operator(node) not in PRODUCTS):
             return None
         return [_layer_branch(ground, node, nodes, normed)]
 
@@ -240,7 +249,7 @@ def _identity(ground: Ground, run: Run) -> Branch:
     return Branch(run.start, run.nodes, run.site.path, normed=True, run=run)
 
 
-def _layer_branch(ground: Ground, node: Node, after: Sequence[Node], normed: bool) -> Branch:
+def _layer_branch(ground: Ground, node: fx.Node, after: Sequence[fx.Node], normed: bool) -> Branch:
     """Raises Refused where it is no layer of torch's with weights of its own, run once."""
     found = layer(ground, node)
     module = ground.child_of(node, found.weight)
@@ -253,13 +262,13 @@ def _layer_branch(ground: Ground, node: Node, after: Sequence[Node], normed: boo
     return Branch(source, (*before, node, *after), _path(ground, module), normed, layer=found)
 
 
-def _source(ground: Ground, found: Layer, node: Node) -> tuple[int, list[Node]]:
+def _source(ground: Ground, found: Layer, node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
     """What the layer reads, seen through the views that a linear layer makes of it."""
-    value, reader, before = found.input, node, list[Node]()
-    while node.name != CONVOLUTION and (maker := ground.flow.maker(value)) is not None:
-        if maker.name not in VIEWS or len(ground.flow.readers(value)) != 1:
+    value, reader, before = found.input, node, list[fx.Node]()
+    while operator(node) != CONVOLUTION and (made_by := maker(value)) is not None:
+        if operator(made_by) not in VIEWS or len(ground.flow.readers(value)) != 1:
             break
-        value, reader = maker.inputs[0], maker
+        value, reader = inputs_of(made_by)[0], made_by
         before.insert(0, reader)
     return value, before
 
@@ -267,14 +276,14 @@ def _source(ground: Ground, found: Layer, node: Node) -> tuple[int, list[Node]]:
 # --- one sum ------------------------------------------------------------------------------------
 
 
-def _branch_sum(ground: Ground, output: int, branches: Sequence[Branch]) -> BranchSum:
+def _branch_sum(ground: Ground, output: fx.Node, branches: Sequence[Branch]) -> BranchSum:
     """Raises Refused where its branches are no one layer together, or not in one forward."""
     # The largest kernel first: a tensor that is made is made like its tensors.
     layers = [branch for branch in branches if branch.layer is not None]
     ordered = [*layers, *(branch for branch in branches if branch.layer is None)]
     geometry, at = merged_geometry(ground, ordered)
-    node = ground.flow.maker(output)
-    owner = None if node is None else node.module
+    node = maker(output)
+    owner = None if node is None else module_of(node)
     if node is None or owner is None or isinstance(owner, fx.GraphModule):
         raise Refused(Check.NOT_REWRITABLE, "the sum is made outside any forward of a module")
     for branch in ordered:
@@ -293,13 +302,11 @@ def _branch_sum(ground: Ground, output: int, branches: Sequence[Branch]) -> Bran
 
 
 def _call(
-    ground: Ground, owner: nn.Module, node: Node, output: int, branches: Sequence[Branch]
+    ground: Ground, owner: nn.Module, node: fx.Node, output: fx.Node, branches: Sequence[Branch]
 ) -> CallSite:
     recording, source = ground.located.recording, branches[0].source
-    assert node.op is not None
-    nodes = ground.flow.between(source, output)
-    ops = tuple(part.op for part in nodes if part.op is not None)
-    event = Event(source, output, (), node.op.frames, constant=False)
+    ops = ground.flow.between(source, output)
+    event = Event(source, output, (), frames(node), constant=False)
     try:
         call = call_site(recording, owner, owner, event, output, ops, source)
     except NotProven as error:
@@ -307,8 +314,8 @@ def _call(
     if call.input.name is not None:
         return call
     # Local names are known where the owner itself runs an operation: at the additions.
-    frames = (op.frames[0] for op in ops if op.frames and op.frames[0].module is owner)
-    bound = {name for frame in frames for name, value in frame.names.items() if value == source}
+    own = (frames(part)[0] for part in ops if module_of(part) is owner)
+    bound = {name for frame in own for name, value in frame.names.items() if value is source}
     # Two names of one value may be two values in another call: what is given to a branch is meant.
     written = [name for name in _given_names(owner, ops) if name in bound]
     if len(bound) > 1 and not written:
@@ -317,9 +324,9 @@ def _call(
     return call if name is None else replace(call, input=Origin(name))
 
 
-def _given_names(owner: nn.Module, ops: Sequence[Op]) -> Iterator[str]:
+def _given_names(owner: nn.Module, ops: Sequence[fx.Node]) -> Iterator[str]:
     """The names in the expressions of the owner's forward that run the operations."""
-    for frame in (frame for op in ops for frame in op.frames if frame.module is owner):
+    for frame in (frame for op in ops for frame in frames(op) if frame.module is owner):
         function = None if frame.code is None else forward_of(type(owner), frame.code)
         if function is not None:
             yield from names_at(function, frame.span)
