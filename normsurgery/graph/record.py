@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -26,7 +27,7 @@ from normsurgery.errors import CannotTrace
 from normsurgery.graph.by_node import NodeRunner, graphs_by_node
 from normsurgery.graph.calls import FrameRecord, FunctionCall, ModuleCall
 from normsurgery.graph.flow import Flow
-from normsurgery.graph.lines import Lines
+from normsurgery.graph.lines import Lines, Unwatched
 from normsurgery.graph.nodes import is_constant, nodes_in
 from normsurgery.graph.positions import span_of
 from normsurgery.inputs import Inputs
@@ -161,7 +162,10 @@ class _Recorder:
     def operation(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if self._inside_one or func is _ASSERTS:  # an assert reads no element of its tensor
             return func(*args, **kwargs)
-        return self._as_one(func, args, kwargs)
+        if not isinstance(func, OpOverload):  # it may run the model's own code
+            return self._as_one(func, args, kwargs)
+        with Unwatched():
+            return self._as_one(func, args, kwargs)
 
     def _as_one(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         running = self._frames.now()
