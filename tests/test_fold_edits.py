@@ -335,10 +335,10 @@ class Formula(nn.Module):
 def test_recorded_operations_are_run_in_float64(last: bool) -> None:
     module = randomised(Formula(last))
     shape = (2, 5, 3) if last else (2, 3, 4, 5)
-    recording = record(module, Inputs((torch.randn(shape),)))
-    start = next(i for i, value in enumerate(recording.values) if value.name == "input 0")
+    flow = record(module, Inputs((torch.randn(shape),)))
+    (start,) = flow.graph.find_nodes(op="placeholder")
     roles = {"weight": "weight", "bias": "bias", "var": "var"}
-    operations = as_data(recording, recording.ops, start, roles)
+    operations = as_data(flow.operations, start, roles)
     assert operations is not None
     given = {"features": 3, "channel_axis": -1 if last else 1, "shape": list(shape)}
     tensors = {name: tensor.detach().double() for name, tensor in module.state_dict().items()}

@@ -15,8 +15,7 @@ from normsurgery.find.by_type import typed_norms
 from normsurgery.find.drafts import Drafts
 from normsurgery.find.places import layer_sites
 from normsurgery.find.reader import Ends, Reader, Tree, key_of, place_of
-from normsurgery.graph import Recording, record
-from normsurgery.graph.flow import PADDING
+from normsurgery.graph import Flow, record
 from normsurgery.inputs import Inputs, as_inputs, infer
 from normsurgery.survey import Survey, renumbered
 
@@ -24,8 +23,8 @@ Model = nn.Module | fx.GraphModule | ExportedProgram
 
 
 def watched() -> frozenset[Callable[..., Any]]:
-    """The functions whose calls are recorded whole: norms, and paddings."""
-    return functions() | PADDING
+    """The functions whose calls are recorded whole."""
+    return functions()
 
 
 def find(
@@ -72,7 +71,7 @@ class Located:
     """
 
     survey: Survey
-    recording: Recording
+    recording: Flow
     ends: Mapping[int, Ends]
 
 
@@ -108,7 +107,7 @@ def locate_again(survey: Survey, model: Model, inputs: Inputs, *, meta: bool = F
 def _surveyed(
     model: Model,
     module: nn.Module,
-    recordings: Sequence[Recording],
+    recordings: Sequence[Flow],
     inputs: Inputs | None,
     notes: Sequence[str],
 ) -> tuple[Survey, Drafts]:
@@ -135,7 +134,7 @@ def _spelling(inputs: Inputs | None) -> str | None:
     return " ".join(f"--input {text}" for text in inputs.spelling) if inputs is not None else None
 
 
-def _recordings(model: nn.Module, inputs: Inputs, notes: list[str]) -> Sequence[Recording]:
+def _recordings(model: nn.Module, inputs: Inputs, notes: list[str]) -> Sequence[Flow]:
     """The eval run, and where it works the train run, which may reach other norms."""
     found = [record(model, inputs, watched=watched())]
     if isinstance(model, fx.GraphModule):

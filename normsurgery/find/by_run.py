@@ -8,9 +8,19 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import fx
 
-from normsurgery.find.events import Event, schema_name
-from normsurgery.graph import Recording, Ref
+from normsurgery.find.events import Event
+from normsurgery.graph import Flow
+from normsurgery.graph.nodes import (
+    frames,
+    function_call,
+    is_constant,
+    operator,
+    outputs_of,
+    shape,
+    tensor,
+)
 from normsurgery.spec import NormSpec, Spelling, specs
 
 Known = tuple[NormSpec, Spelling]
@@ -31,21 +41,18 @@ def functions() -> frozenset[Callable[..., Any]]:
     return frozenset(call for call in spellings() if not isinstance(call, str))
 
 
-def events(recording: Recording) -> Iterator[Event]:
+def events(recording: Flow) -> Iterator[Event]:
     """Every call of a norm function, then every norm operator outside such a call."""
     known = spellings()
     for call in recording.calls:
-        if call.function in known and isinstance(call.output, Ref):
+        if call.function in known and isinstance(call.output, fx.Node):
             given = _given(call.function, call.args, call.kwargs)
-            ops = (call.start, call.end)
-            yield _event(
-                recording, known[call.function], given, call.output.value, call.frames, ops
-            )
-    for op in recording.ops:
-        if op.call is None and schema_name(op) in known and op.outputs:
+            yield _event(known[call.function], given, call.output, call.frames, call.operations)
+    for op in recording.operations:
+        if function_call(op) is None and operator(op) in known and outputs_of(op):
+            assert not isinstance(op.target, str)
             given = _given(op.target, op.args, op.kwargs)
-            ops = (op.index, op.index + 1)
-            yield _event(recording, known[schema_name(op)], given, op.outputs[0], op.frames, ops)
+            yield _event(known[operator(op)], given, outputs_of(op)[0], frames(op), (op,))
 
 
 def _given(
@@ -70,27 +77,25 @@ def _defaults(function: Callable[..., Any]) -> Mapping[str, Any]:
 
 
 def _event(
-    recording: Recording,
     known: Known,
     given: Mapping[str, Any],
-    output: int,
+    output: fx.Node,
     frames: Any,
-    ops: tuple[int, int],
+    operations: tuple[fx.Node, ...],
 ) -> Event:
     spec, spelling = known
-    value = given["input"].value
-    x = recording.values[value]
-    reading = spelling.read(given, x.shape, x.tensor.dtype)
+    value = given["input"]
+    reading = spelling.read(given, shape(value), tensor(value).dtype)
     refusal = reading if isinstance(reading, str) else ""
     found = {} if isinstance(reading, str) else reading.tensors
     return Event(
         input=value,
         output=output,
-        ops=tuple(range(*ops)),
+        operations=operations,
         frames=frames,
-        constant=x.constant,
+        constant=is_constant(value),
         kind=spec.name,
         settings={} if isinstance(reading, str) else dict(reading.settings),
-        tensors={r: given[n].value for r, n in found.items() if isinstance(given.get(n), Ref)},
+        tensors={r: given[n] for r, n in found.items() if isinstance(given.get(n), fx.Node)},
         refusal=refusal,
     )

@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import fx
 
 from normsurgery.fold.edits import Vector
 from normsurgery.fold.ground import Affine, Run
 from normsurgery.fold.unlisted import affine_of_unlisted, is_unlisted
-from normsurgery.graph.flow import Node
+from normsurgery.graph.nodes import argument
 from normsurgery.spec import AffineOf, get, weight_and_bias
 from normsurgery.survey import Site
 
@@ -84,10 +85,10 @@ def uses_batch(run: Run) -> bool:
     return any(_node_uses_batch(node) for node in run.nodes)
 
 
-def _node_uses_batch(node: Node) -> bool:
-    schema = getattr(node.op.target, "_schema", None) if node.op is not None else None
+def _node_uses_batch(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
     return any(
-        bool(node.argument(place, argument.name, argument.default_value))
-        for place, argument in enumerate(schema.arguments if schema is not None else ())
-        if argument.name in ("training", "use_input_stats")
+        bool(argument(node, place, known.name, known.default_value))
+        for place, known in enumerate(schema.arguments if schema is not None else ())
+        if known.name in ("training", "use_input_stats")
     )

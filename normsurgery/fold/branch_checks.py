@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import fx, nn
 
 from normsurgery.fold.checks import Check
 from normsurgery.fold.ground import Ground, Refused
-from normsurgery.graph.flow import Node, Operand
+from normsurgery.graph.flow import Operand
+from normsurgery.graph.nodes import frames
 from normsurgery.surgery.source import tensor_at
 from normsurgery.survey import Site
 
@@ -33,10 +34,10 @@ def require_own(ground: Ground, branch: Branch, owner: nn.Module) -> None:
             raise Refused(Check.HOOK, f"{_path(ground, module)} has one")
 
 
-def _inner_modules(nodes: Collection[Node], owner: nn.Module) -> Iterator[nn.Module]:
+def _inner_modules(nodes: Collection[fx.Node], owner: nn.Module) -> Iterator[nn.Module]:
     """The modules inside the owner in whose forwards the nodes ran."""
     for node in nodes:
-        around = [frame.module for frame in node.frames]
+        around = [frame.module for frame in frames(node)]
         if owner in around:
             yield from around[: around.index(owner)]
 
@@ -52,16 +53,16 @@ def _require_one_name(ground: Ground, operand: Operand) -> None:
         raise Refused(Check.TIED, f"{operand.name} has another name too")
 
 
-def _require_own_norm(ground: Ground, site: Site, nodes: Collection[Node]) -> None:
+def _require_own_norm(ground: Ground, site: Site, nodes: Collection[fx.Node]) -> None:
     if len(ground.runs[site.index]) > 1:
         raise Refused(Check.CALLED_AGAIN, f"{site.label} runs more than once")
-    own = {node.index for node in nodes}
+    own = set(nodes)
     for name in site.parameters.values():
         operand = Operand(name, tensor_at(ground.model, name), ())
         _require_one_name(ground, operand)
         if ground.flow.is_exposed(operand):
             raise Refused(Check.RETURNED, f"{name} itself is returned by the model")
-        others = [node for node in ground.flow.uses(operand) if node.index not in own]
+        others = [node for node in ground.flow.uses(operand) if node not in own]
         if others:
             raise Refused(Check.TIED, f"{name} is read by {ground.path(others[0])} as well")
 

@@ -13,6 +13,7 @@ from normsurgery.fold.ground import Ground, Landing, Refused
 from normsurgery.fold.neutral import NeutralBranch
 from normsurgery.fold.parallel_branches import KIND, Apart, BranchSum, branch_sums
 from normsurgery.fold.preconditions import require
+from normsurgery.graph.nodes import outputs_of
 from normsurgery.surgery.obstacles import lost_fact, obstacle
 from normsurgery.surgery.owner.install import is_rewritten
 from normsurgery.surgery.references import ModuleReferences
@@ -66,7 +67,7 @@ class Merging:
             self._require_replaceable(path)
         landings = [Landing(branch.nodes, (), ()) for branch in found.branches]
         nodes = ground.flow.between(found.branches[0].source, found.output)
-        inside = {value for node in nodes for value in node.outputs} - {found.output}
+        inside = {value for node in nodes for value in outputs_of(node)} - {found.output}
         require_accepted(ground, self.model, landings, inside)
 
     def _require_replaceable(self, path: str) -> None:

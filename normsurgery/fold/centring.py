@@ -64,7 +64,7 @@ def _centred(grounds: Sequence[Ground], model: nn.Module, site: Site) -> tuple[S
     for ground, found in streams:
         ground.untied |= agreed.untied
         ground.changed |= found.values.keys()
-        ground.absorbing |= {node.index for run in found.runs for node in run.nodes}
+        ground.absorbing |= {node for run in found.runs for node in run.nodes}
     return stream, agreed
 
 

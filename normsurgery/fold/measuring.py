@@ -12,7 +12,6 @@ from normsurgery.errors import CannotTrace
 from normsurgery.find import Located, locate, locate_again
 from normsurgery.fold.ground import Choices, Ground
 from normsurgery.fold.unlisted import with_unlisted, with_unlisted_ends
-from normsurgery.graph.flow import outputs_of
 from normsurgery.graph.measured_calls import Call, added, relatives
 from normsurgery.inputs import Inputs
 from normsurgery.survey import Survey
@@ -31,7 +30,7 @@ class Measured:
 
     def grounds(self, choices: Choices) -> list[Ground]:
         """What the rules see of each call, the example first, with nothing folded yet."""
-        names = list(outputs_of(self.example.recording))
+        names = list(self.example.recording.outputs)
         others = [
             Ground(located, choices, call.name, None if call.binds else names)
             for call, located in self.others

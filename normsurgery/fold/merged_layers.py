@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from normsurgery.fold.channels import vector
 from normsurgery.fold.checks import Check
@@ -14,7 +14,7 @@ from normsurgery.fold.ground import Affine, Ground, Landing, MergedLayer, Refuse
 from normsurgery.fold.kernels import Geometry, Sizes
 from normsurgery.fold.landings import affine_at
 from normsurgery.fold.parallel_branches import BranchSum
-from normsurgery.graph.flow import Node
+from normsurgery.graph.nodes import in_order, inputs_of, outputs_of, shape
 from normsurgery.steps import Merge, Step
 
 
@@ -22,11 +22,11 @@ def merged_layer(found: BranchSum, step: Step) -> MergedLayer:
     """What the sum becomes by its step."""
     kept = found.kept
     bias = kept.bias.name if kept.bias is not None else f"{found.label}.bias"
-    nodes = {node.index: node for branch in found.branches for node in branch.nodes}
+    nodes = {node for branch in found.branches for node in branch.nodes}
     return MergedLayer(
         source=found.branches[0].source,
         output=found.output,
-        nodes=tuple(nodes[index] for index in sorted(nodes)),
+        nodes=in_order(nodes),
         weight=kept.weight.name,
         bias=bias,
         has_bias=kept.bias is not None or any(edit.target == bias for edit in step.edits),
@@ -84,7 +84,7 @@ def on_merged_output(
 
 
 def on_merged_residual(
-    ground: Ground, node: Node, channels: Tensor, affine: Affine
+    ground: Ground, node: fx.Node, channels: Tensor, affine: Affine
 ) -> tuple[MergedLayer, Landing] | None:
     """The layer gives scale * (y + x) + shift - x instead of y; `node` adds its input x to that.
 
@@ -92,9 +92,9 @@ def on_merged_residual(
     """
     for merged in ground.merged:
         ends = {merged.source, merged.output}
-        if set(node.inputs) != ends or merged.centre is None:
+        if set(inputs_of(node)) != ends or merged.centre is None:
             continue
-        if len({ground.flow.shape(value) for value in (*ends, *node.outputs)}) > 1:
+        if len({shape(value) for value in (*ends, *outputs_of(node))}) > 1:
             continue
         ground.require_only(merged.output, (node,))
         landing = on_merged_output(ground, merged, channels, affine)
@@ -118,8 +118,8 @@ def on_merged_mean(ground: Ground, merged: MergedLayer, channels: Tensor) -> Lan
 
 def _hint(ground: Ground, merged: MergedLayer) -> str:
     """An explicit padding, where nothing else would see it."""
-    inside = {node.index for node in merged.nodes}
-    others = [n for n in ground.flow.readers(merged.source) if n.index not in inside]
+    inside = set(merged.nodes)
+    others = [n for n in ground.flow.readers(merged.source) if n not in inside]
     if others or ground.choices.explicit_pad:
         return ""
     return "Use pad='explicit' to write the padding out."

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from torch import nn
+from torch import fx, nn
 
 from normsurgery.find.places import LAYERS
 from normsurgery.fold.affines import is_affine
@@ -23,7 +23,17 @@ from normsurgery.fold.checks import Check, NoMatch
 from normsurgery.fold.ground import Ground, Refused, Run
 from normsurgery.fold.kernels import Geometry, Sizes
 from normsurgery.fold.landings import CONVOLUTION, PRODUCTS, Layer, layer
-from normsurgery.graph.flow import Node
+from normsurgery.graph.nodes import (
+    arguments,
+    frames,
+    inputs_of,
+    is_constant,
+    maker,
+    module_of,
+    operator,
+    outputs_of,
+    shape,
+)
 from normsurgery.surgery.source import tensor_at
 from normsurgery.survey import Site
 
@@ -41,17 +51,17 @@ class Branch:
     that are gone made of `source` in front of it.
     """
 
-    source: int
-    nodes: tuple[Node, ...]
+    source: fx.Node
+    nodes: tuple[fx.Node, ...]
     path: str
     normed: bool
     sign: int = 1
     layer: Layer | None = None
     run: Run | None = None
-    between: tuple[int, ...] = ()
+    between: tuple[fx.Node, ...] = ()
 
     @property
-    def essential(self) -> tuple[Node, ...]:
+    def essential(self) -> tuple[fx.Node, ...]:
         """Without the views and the norms around it."""
         if self.layer is not None:
             return (self.layer.node,)
@@ -68,7 +78,7 @@ class BranchSum:
     """
 
     owner: str
-    output: int
+    output: fx.Node
     branches: tuple[Branch, ...]
     places: tuple[str, ...]
     geometry: Geometry
@@ -134,21 +144,22 @@ class _Places:
 
     def __init__(self, ground: Ground) -> None:
         self.ground = ground
-        self.ran: dict[int, set[int]] = {}  # id of a module -> its nodes, but views of its weights
-        for node in ground.flow.nodes:
-            if not node.outputs or not all(map(ground.flow.is_constant, node.outputs)):
-                for frame in node.frames:
-                    self.ran.setdefault(id(frame.module), set()).add(node.index)
+        # id of a module -> what it runs, but for views of its weights
+        self.ran: dict[int, set[fx.Node]] = {}
+        for node in ground.flow.operations:
+            if not outputs_of(node) or not all(map(is_constant, outputs_of(node))):
+                for frame in frames(node):
+                    self.ran.setdefault(id(frame.module), set()).add(node)
 
     def of(self, branch: Branch) -> nn.Module:
         """The outermost module that runs the branch, and nothing else, and holds nothing else.
 
         Raises Refused where there is none.
         """
-        inside = {node.index for node in branch.nodes}
-        essential = {node.index for node in branch.essential}
+        inside = set(branch.nodes)
+        essential = set(branch.essential)
         own = _tensors_of(self.ground, branch)
-        for frame in reversed(branch.essential[0].frames):
+        for frame in reversed(frames(branch.essential[0])):
             ran = self.ran.get(id(frame.module), set())
             held = {id(parameter) for parameter in frame.module.parameters()}
             if essential <= ran <= inside and held <= own:
@@ -159,9 +170,9 @@ class _Places:
 def _tensors_of(ground: Ground, branch: Branch) -> set[int]:
     """The ids of the parameters of its layer and of the norms in it."""
     sites = [] if branch.run is None else [branch.run.site]
-    inside = {node.index for node in branch.nodes}
+    inside = set(branch.nodes)
     for run in (ground.ends[end] for end in ground.gone):
-        sites += [run.site] if inside.issuperset(node.index for node in run.nodes) else []
+        sites += [run.site] if inside.issuperset(run.nodes) else []
     own = {id(tensor_at(ground.model, n)) for site in sites for n in site.parameters.values()}
     operands = () if branch.layer is None else (branch.layer.weight, branch.layer.bias)
     return own | {id(operand.tensor) for operand in operands if operand is not None}
@@ -170,45 +181,47 @@ def _tensors_of(ground: Ground, branch: Branch) -> set[int]:
 # --- the sums -----------------------------------------------------------------------------------
 
 
-def _sums(ground: Ground, modules: _Places) -> Iterator[tuple[int, list[Branch]]]:
+def _sums(ground: Ground, modules: _Places) -> Iterator[tuple[fx.Node, list[Branch]]]:
     """The output and the branches of each sum that is not part of a larger one."""
-    done: set[int] = set()
-    for node in reversed(ground.flow.nodes):
-        if node.name in ADDITIONS and node.index not in done:
+    done: set[fx.Node] = set()
+    for node in reversed(ground.flow.operations):
+        if operator(node) in ADDITIONS and node not in done:
             yield from _Tree(ground, modules, done).found_from(node)
 
 
 class _Tree:
     """One tree of additions, read from its root."""
 
-    def __init__(self, ground: Ground, modules: _Places, done: set[int]) -> None:
+    def __init__(self, ground: Ground, modules: _Places, done: set[fx.Node]) -> None:
         self.ground, self.modules, self.done = ground, modules, done
-        self.root = -1
-        self.found: list[tuple[int, list[Branch]]] = []
+        self.found: list[tuple[fx.Node, list[Branch]]] = []
 
-    def found_from(self, root: Node) -> list[tuple[int, list[Branch]]]:
-        self.root = root.outputs[0]
+    def found_from(self, root: fx.Node) -> list[tuple[fx.Node, list[Branch]]]:
+        self.root = outputs_of(root)[0]
         self._keep(self.root, self._addition(root))
         return self.found
 
-    def _keep(self, output: int, branches: list[Branch] | None) -> None:
+    def _keep(self, output: fx.Node, branches: list[Branch] | None) -> None:
         if branches is None or len(branches) < 2:
             return
         if any(branch.layer for branch in branches) and any(branch.normed for branch in branches):
             self.found.append((output, branches))
 
-    def _addition(self, node: Node) -> list[Branch] | None:
+    def _addition(self, node: fx.Node) -> list[Branch] | None:
         """The branches it adds up; None where one summand is none, and the others are kept."""
-        self.done.add(node.index)
+        self.done.add(node)
         plain = node.kwargs.get("alpha", 1) == 1
-        sign = -1 if node.name == "aten::sub" else 1
-        if len(node.inputs) == 1 and plain and node.args[1] == 0:  # sum() begins with 0
-            return self._branches(node.inputs[0], (node,))
-        shapes = {self.ground.flow.shape(value) for value in (*node.inputs, *node.outputs)}
-        if len(node.inputs) != 2 or not plain or len(shapes) != 1:
+        sign = -1 if operator(node) == "aten::sub" else 1
+        begins = len(inputs_of(node)) == 1 and plain and arguments(node)[1] == 0
+        if begins:  # sum() begins with 0
+            return self._branches(inputs_of(node)[0], (node,))
+        shapes = {shape(value) for value in (*inputs_of(node), *outputs_of(node))}
+        if len(inputs_of(node)) != 2 or not plain or len(shapes) != 1:
             return None
         # What is added to itself is no two branches.
-        parts = [(value, self._branches(value, (node,))) for value in dict.fromkeys(node.inputs)]
+        parts = [
+            (value, self._branches(value, (node,))) for value in dict.fromkeys(inputs_of(node))
+        ]
         if len(parts) == 2 and all(branches is not None for _, branches in parts):
             first, second = (branches or [] for _, branches in parts)
             negated = [replace(branch, sign=sign * branch.sign) for branch in second]
@@ -233,22 +246,22 @@ class _Tree:
             for branch, values in zip(branches, read, strict=True)
         ]
 
-    def _begun_at(self, branch: Branch, passed: Sequence[int], source: int) -> Branch:
+    def _begun_at(self, branch: Branch, passed: Sequence[fx.Node], source: fx.Node) -> Branch:
         """The branch with the norms that are gone in front of it, whose outputs are `passed`. One
         that something outside the sum reads as well is no part of it."""
         if not passed:
             return branch
-        inside = {node.index for node in self.ground.flow.between(source, self.root)}
+        inside = set(self.ground.flow.between(source, self.root))
         own = [
             value
             for value in passed
-            if all(node.index in inside for node in self.ground.flow.readers(value))
+            if all(node in inside for node in self.ground.flow.readers(value))
         ]
         before = [node for value in reversed(own) for node in self.ground.ends[value].nodes]
         nodes, between = (*before, *branch.nodes), (*branch.between, *own)
         return replace(branch, source=source, nodes=nodes, between=between, normed=True)
 
-    def _back_from(self, value: int) -> list[int]:
+    def _back_from(self, value: fx.Node) -> list[fx.Node]:
         """The value, and those that it was made of by norms that are gone."""
         found = [value]
         while value in self.ground.gone:
@@ -256,16 +269,16 @@ class _Tree:
             found.append(value)
         return found
 
-    def _branches(self, value: int, readers: Sequence[Node]) -> list[Branch] | None:
+    def _branches(self, value: fx.Node, readers: Sequence[fx.Node]) -> list[Branch] | None:
         try:
             return self._summand(value, readers)
         except Refused:
             return None
 
-    def _summand(self, value: int, readers: Sequence[Node]) -> list[Branch] | None:
-        ground, flow = self.ground, self.ground.flow
+    def _summand(self, value: fx.Node, readers: Sequence[fx.Node]) -> list[Branch] | None:
+        ground = self.ground
         ground.require_only(value, readers)
-        nodes: tuple[Node, ...] = ()
+        nodes: tuple[fx.Node, ...] = ()
         normed = value in ground.gone
         run = ground.ends.get(value)
         if run is not None and not normed:
@@ -274,16 +287,16 @@ class _Tree:
             gone = ground.ends[value]
             value, readers, nodes = gone.start, gone.nodes, (*gone.nodes, *nodes)
             ground.require_only(value, readers)
-        node = flow.maker(value)
+        node = maker(value)
         if node is None:
             return None
-        if node.name in ADDITIONS and not nodes:
+        if operator(node) in ADDITIONS and not nodes:
             return self._addition(node)
-        while node is not None and node.name in VIEWS:
-            ground.require_only(node.inputs[0], (node,))
+        while node is not None and operator(node) in VIEWS:
+            ground.require_only(inputs_of(node)[0], (node,))
             nodes = (node, *nodes)
-            node = flow.maker(node.inputs[0])
-        if node is None or (node.name != CONVOLUTION and node.name not in PRODUCTS):
+            node = maker(inputs_of(node)[0])
+        if node is None or (operator(node) != CONVOLUTION and operator(node) not in PRODUCTS):
             return None
         return [_layer_branch(ground, node, nodes, normed)]
 
@@ -294,7 +307,7 @@ class _Tree:
         return found
 
 
-def _layer_branch(ground: Ground, node: Node, after: Sequence[Node], normed: bool) -> Branch:
+def _layer_branch(ground: Ground, node: fx.Node, after: Sequence[fx.Node], normed: bool) -> Branch:
     """Raises Refused where it is no layer of torch's with weights of its own, run once."""
     found = layer(ground, node)
     module = ground.child_of(node, found.weight)
@@ -308,13 +321,13 @@ def _layer_branch(ground: Ground, node: Node, after: Sequence[Node], normed: boo
     return Branch(source, nodes, _path(ground, module), normed, layer=found)
 
 
-def _source(ground: Ground, found: Layer, node: Node) -> tuple[int, list[Node]]:
+def _source(ground: Ground, found: Layer, node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
     """What the layer reads, seen through the views that a linear layer makes of it."""
-    value, reader, before = found.input, node, list[Node]()
-    while node.name != CONVOLUTION and (maker := ground.flow.maker(value)) is not None:
-        if maker.name not in VIEWS or len(ground.flow.readers(value)) != 1:
+    value, reader, before = found.input, node, list[fx.Node]()
+    while operator(node) != CONVOLUTION and (made_by := maker(value)) is not None:
+        if operator(made_by) not in VIEWS or len(ground.flow.readers(value)) != 1:
             break
-        value, reader = maker.inputs[0], maker
+        value, reader = inputs_of(made_by)[0], made_by
         before.insert(0, reader)
     return value, before
 
@@ -323,7 +336,7 @@ def _source(ground: Ground, found: Layer, node: Node) -> tuple[int, list[Node]]:
 
 
 def _branch_sum(
-    ground: Ground, modules: _Places, output: int, branches: Sequence[Branch]
+    ground: Ground, modules: _Places, output: fx.Node, branches: Sequence[Branch]
 ) -> BranchSum:
     """Raises Refused where its branches are no one layer together, or run by no module alone."""
     geometry, places = merged_geometry(ground, branches)
@@ -332,8 +345,8 @@ def _branch_sum(
     kept = next((branch for branch in reversed(branches) if _has_room(branch, geometry)), None)
     if kept is None:
         raise Refused(Check.AXIS, "none of its kernels has room for the others")
-    node = ground.flow.maker(output)
-    owner = None if node is None else node.module
+    node = maker(output)
+    owner = None if node is None else module_of(node)
     if owner is None:
         raise Refused(Check.NOT_REWRITABLE, "the sum is made outside any forward of a module")
     for branch in branches:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection, Iterator
 
-from torch import nn
+from torch import fx, nn
 
 from normsurgery.fold.affines import has_tail, is_affine, uses_batch
 from normsurgery.fold.checks import Check
@@ -71,7 +71,7 @@ def require_called_as(ground: Ground, site: Site, new: nn.Module) -> None:
             )
 
 
-def require_eval(ground: Ground, model: nn.Module, values: Collection[int]) -> None:
+def require_eval(ground: Ground, model: nn.Module, values: Collection[fx.Node]) -> None:
     """No module that was left in train mode works on the values. Raises Refused."""
     training = {path for path, module in model.named_modules() if module.training}
     if model.training or not training:
@@ -84,7 +84,7 @@ def require_eval(ground: Ground, model: nn.Module, values: Collection[int]) -> N
 
 
 def require_no_hooks(
-    ground: Ground, changed: Collection[int], modules: Collection[nn.Module]
+    ground: Ground, changed: Collection[fx.Node], modules: Collection[nn.Module]
 ) -> None:
     """No hook sees a value that changes, or belongs to a module that changes. Raises Refused."""
     recording = ground.located.recording
@@ -104,8 +104,6 @@ _REMOVE = "Remove the hook, or put what it does into a module."
 
 
 def _hooks(module: nn.Module) -> int:
-    from torch import fx
-
     if isinstance(module, fx.GraphModule):  # an exported program checks its inputs in a hook
         return 0
     return sum(len(getattr(module, name, ())) for name in HOOKS)

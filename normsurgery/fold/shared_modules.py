@@ -19,7 +19,8 @@ from normsurgery.find.candidates import NotProven
 from normsurgery.find.events import Event
 from normsurgery.fold.edits import Copy
 from normsurgery.fold.own_copies import KIND, make_copies
-from normsurgery.graph import FrameRecord, ModuleCall, Op, Recording, Ref, record
+from normsurgery.graph import Flow, FrameRecord, ModuleCall, record
+from normsurgery.graph.nodes import frames, maker
 from normsurgery.inputs import Inputs
 from normsurgery.spec import Fidelity
 from normsurgery.steps import Untie
@@ -65,7 +66,7 @@ def _at_paths(tree: nn.Module, norms: Collection[str]) -> list[Untie]:
 # --- called in two places of a forward ----------------------------------------------------------
 
 
-def _in_forwards(recording: Recording, norms: Collection[str]) -> list[Untie]:
+def _in_forwards(recording: Flow, norms: Collection[str]) -> list[Untie]:
     """One Step for each place but the first, with a child's name that is free in the owner."""
     found: dict[int, _Shared] = {}
     for call in recording.module_calls:
@@ -99,7 +100,7 @@ class _Shared:
     places: tuple[CallSite, ...]
 
 
-def _shared(recording: Recording, module: nn.Module, norms: Collection[str]) -> _Shared | None:
+def _shared(recording: Flow, module: nn.Module, norms: Collection[str]) -> _Shared | None:
     """The module, or what it is in, that one forward calls in several places; None without."""
     while (found := _places(recording, module)) is not None:
         path = recording.path(module)
@@ -113,7 +114,7 @@ def _shared(recording: Recording, module: nn.Module, norms: Collection[str]) -> 
     return None
 
 
-def _places(recording: Recording, module: nn.Module) -> _Shared | None:
+def _places(recording: Flow, module: nn.Module) -> _Shared | None:
     """Where it is called more than once by one owner; None unless each call is of one value and
     gives one."""
     calls = [call for call in recording.module_calls if call.module is module]
@@ -125,25 +126,24 @@ def _places(recording: Recording, module: nn.Module) -> _Shared | None:
     return _Shared(module, known[0][0], tuple(places))
 
 
-def _place(recording: Recording, call: ModuleCall) -> tuple[nn.Module, CallSite] | None:
+def _place(recording: Flow, call: ModuleCall) -> tuple[nn.Module, CallSite] | None:
     by_position = len(call.args) == 1 and not call.kwargs
     by_name = not call.args and list(call.kwargs) == ["input"]
     if not by_position and not by_name:
         return None
     given = call.args[0] if by_position else call.kwargs["input"]
-    if not isinstance(given, Ref) or not isinstance(call.output, Ref):
+    if not isinstance(given, fx.Node) or not isinstance(call.output, fx.Node):
         return None
-    made = recording.values[call.output.value].op
-    if made is None or not call.start <= made < call.end:
+    made = maker(call.output)
+    if made is None or made not in call.operations:
         return None
-    frames = _outside(recording.ops[made], call.module)
-    if not frames or isinstance(frames[0].module, fx.GraphModule):
+    outside = _outside(made, call.module)
+    if not outside or isinstance(outside[0].module, fx.GraphModule):
         return None
-    owner = frames[0].module
-    event = Event(given.value, call.output.value, (), frames, constant=False)
-    ops = tuple(recording.ops[call.start : call.end])
+    owner = outside[0].module
+    event = Event(given, call.output, (), outside, constant=False)
     try:
-        found = call_site(recording, owner, owner, event, call.output.value, ops, given.value)
+        found = call_site(recording, owner, owner, event, call.output, call.operations, given)
     except NotProven:
         return None
     assert found.output is not None
@@ -151,10 +151,10 @@ def _place(recording: Recording, call: ModuleCall) -> tuple[nn.Module, CallSite]
     return owner, replace(found, input=Origin(), region=(found.output,))
 
 
-def _outside(op: Op, module: nn.Module) -> tuple[FrameRecord, ...]:
+def _outside(node: fx.Node, module: nn.Module) -> tuple[FrameRecord, ...]:
     """The frames around the module's own."""
-    own = [place for place, frame in enumerate(op.frames) if frame.module is module]
-    return op.frames[own[-1] + 1 :] if own else ()
+    own = [place for place, frame in enumerate(frames(node)) if frame.module is module]
+    return frames(node)[own[-1] + 1 :] if own else ()
 
 
 def _fresh(name: str, taken: set[str]) -> str:

@@ -17,12 +17,13 @@ from torch import Tensor, fx, nn
 
 from normsurgery.fold.checks import Check
 from normsurgery.fold.ground import Ground, Landing, Refused, Run
-from normsurgery.graph import FrameRecord, Op, Recording
+from normsurgery.graph import Flow, FrameRecord
+from normsurgery.graph.nodes import frames, inputs_of, is_constant, operator
 from normsurgery.graph.positions import forward_of, functions_of, syntax_of
 from normsurgery.surgery.attribute_chains import Chain, aliases_in, chains_at, self_name_of
 from normsurgery.surgery.references import HARMLESS_OF_TENSOR, child_named
 
-_READS = ("aten._local_scalar_dense", "aten.is_nonzero", "aten.equal", "aten.item")
+_READS = frozenset({"aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::item"})
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,8 @@ class UnrunCode:
 
     def _conditions(self, run: Run, landing: Landing) -> Iterator[str]:
         """The `if`s of one forward around the norm alone, or around what takes it up alone."""
-        first = run.nodes[0].frames if run.nodes else ()
-        second = landing.nodes[0].frames
+        first = frames(run.nodes[0]) if run.nodes else ()
+        second = frames(landing.nodes[0])
         shared = next((pair for pair in _shared(first, second)), None)
         if shared is None:
             return
@@ -137,20 +138,21 @@ class UnrunCode:
 
     def _require_no_data(self, frame: FrameRecord, test: ast.expr) -> None:
         recording = self.example.located.recording
-        for op in reads_data(recording):
-            spans = (f.span for f in op.frames if f.serial == frame.serial and f.span is not None)
+        for node in reads_data(recording):
+            spans = (
+                f.span for f in frames(node) if f.serial == frame.serial and f.span is not None
+            )
             last = test.end_lineno or test.lineno
             if any(test.lineno <= span.line <= last for span in spans):
                 raise Refused(Check.DATA_DEPENDENT, f"`if {ast.unparse(test)}` decides what runs")
 
 
-def reads_data(recording: Recording) -> tuple[Op, ...]:
+def reads_data(flow: Flow) -> tuple[fx.Node, ...]:
     """Operations that make a Python number of a tensor that depends on the inputs."""
-    constant = {number for number, value in enumerate(recording.values) if value.constant}
     return tuple(
-        op
-        for op in recording.ops
-        if op.name.startswith(_READS) and not constant.issuperset(op.inputs)
+        node
+        for node in flow.operations
+        if operator(node) in _READS and not all(map(is_constant, inputs_of(node)))
     )
 
 

@@ -24,6 +24,7 @@ from normsurgery.fold.rules import AFFINE_RULES, TAIL_RULES, Proposal, Rule, sta
 from normsurgery.fold.steps import foremost, step_of
 from normsurgery.fold.unrun_code import UnrunCode
 from normsurgery.graph.flow import Operand
+from normsurgery.graph.nodes import position
 from normsurgery.steps import Merge, Step, Together
 from normsurgery.surgery.references import ModuleReferences
 from normsurgery.survey import Site
@@ -250,7 +251,7 @@ def take(taken: Taken, indices: Collection[int]) -> None:
     ground.created |= proposal.agreed.created
     ground.untied |= proposal.agreed.untied
     ground.changed |= proposal.changed
-    ground.absorbing |= {node.index for landing in proposal.landings for node in landing.nodes}
+    ground.absorbing |= {node for landing in proposal.landings for node in landing.nodes}
     if proposal.gone:
         ground.gone.update({run.end: run.start for run in taken.runs})
 
@@ -319,10 +320,10 @@ def _tensors(found: BranchSum) -> list[str]:
 
 def _in_order(ground: Ground) -> list[Site]:
     """The sites in the order of their first run; those that did not run come last."""
-    last = len(ground.flow.recording.ops)
+    last = len(ground.flow.graph.nodes)
 
     def first(site: Site) -> int:
-        indices = [node.index for run in ground.runs[site.index] for node in run.nodes]
+        indices = [position(node) for run in ground.runs[site.index] for node in run.nodes]
         return min(indices, default=last)
 
     return sorted(ground.located.survey, key=first)
