@@ -66,7 +66,7 @@ def _is_needed(step: Untie, plan: Plan) -> bool:
         return False
     edits = [edit for made in plan.steps for edit in made.edits]
     path = f"{step.site.path}.{step.child}".strip(".")
-    return _below(edits, f"{path}.") != _below(edits, f"{step.site.settings['source']}.")
+    return _below(edits, f"{path}.") != _below(edits, f"{step.source}.")
 
 
 def _below(edits: Sequence[Edit], prefix: str) -> list[Edit]:
