@@ -103,8 +103,8 @@ def drawn(shape: tuple[int, ...]) -> torch.Tensor:
 
 def worker(source: str, out: str) -> None:
     """Fold in this process, telling each phase on stdout."""
-    from normsurgery.fold.checkpoint import fold_checkpoint
-    from normsurgery.fold.ground import Choices
+    from normsurgery.folding.checkpoint import fold_checkpoint
+    from normsurgery.folding.ground import Choices
 
     def tell(what: str, done: int, total: int) -> None:
         print(json.dumps([what, done, total, time.time()]), flush=True)

@@ -54,11 +54,11 @@ from torch.fx.experimental.optimization import fuse
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import normsurgery as ns
-from normsurgery.fold.ground import Choices
-from normsurgery.fold.planning import plan_fold
+from normsurgery.folding.ground import Choices
+from normsurgery.folding.planning import plan_fold
 from normsurgery.inputs import as_inputs
-from normsurgery.plan import Plan
-from normsurgery.verify.runners import run_native
+from normsurgery.plans import Plan
+from normsurgery.verifying.runners import run_native
 
 Inputs = dict[str, Tensor]
 Build = tuple[Callable[[], nn.Module], Callable[[], Inputs]]

@@ -70,7 +70,7 @@ def dynamic_axes(words: Sequence[str] | None) -> dict[Any, Any] | None:
 def export_model(asked: Request) -> Exported:
     """Export, verify, and write the file with its report beside it."""
     import normsurgery as ns
-    from normsurgery.export.writing import check_target
+    from normsurgery.exporting.writing import check_target
     from normsurgery.reporting import check_report, write_report
 
     if asked.page is not None:
@@ -109,7 +109,7 @@ def default_output(loaded: Loaded) -> Path:
 
 def _written(report: Report) -> tuple[Path, ...]:
     """The files that `export` wrote: the graph, its weights where they are apart, the report."""
-    from normsurgery.export.writing import data_path, report_path
+    from normsurgery.exporting.writing import data_path, report_path
 
     if report.onnx is None or not report.onnx.path:
         return ()

@@ -14,7 +14,7 @@ from .session import bars, note, progress
 
 if TYPE_CHECKING:
     from normsurgery.artefacts import Loaded
-    from normsurgery.plan import Plan
+    from normsurgery.plans import Plan
     from normsurgery.report import Report
 
 SUFFIX = "folded"
@@ -51,7 +51,7 @@ def ready_plan(
     Raises UsageError, UnknownName.
     """
     from normsurgery.artefacts.saving import check_folder
-    from normsurgery.plan import Plan
+    from normsurgery.plans import Plan
     from normsurgery.spec import canonical
     from normsurgery.steps import FoldStep
 
@@ -119,8 +119,8 @@ def fold_directory(asked: Request) -> Folded:
     """Fold a transformers checkpoint into another, streaming: it need not fit into memory."""
     from normsurgery import inputs
     from normsurgery.artefacts.saving import check_target
-    from normsurgery.fold.checkpoint import fold_checkpoint, plan_checkpoint
-    from normsurgery.fold.ground import Choices
+    from normsurgery.folding.checkpoint import fold_checkpoint, plan_checkpoint
+    from normsurgery.folding.ground import Choices
 
     _refuse_for_directory(asked)
     directory = Path(asked.model)

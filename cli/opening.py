@@ -13,7 +13,7 @@ from .session import note, progress
 if TYPE_CHECKING:
     from normsurgery.artefacts import Loaded
     from normsurgery.inputs import Inputs
-    from normsurgery.plan import Plan
+    from normsurgery.plans import Plan
 
 
 def open_model(

@@ -11,12 +11,12 @@ from . import render_graph
 from .tables import table
 
 if TYPE_CHECKING:
-    from normsurgery.plan import Plan
+    from normsurgery.plans import Plan
     from normsurgery.report import Report
+    from normsurgery.rewriting.keymap import KeyMap
     from normsurgery.steps import Step
-    from normsurgery.surgery.keymap import KeyMap
     from normsurgery.survey import Site, Skip, Survey
-    from normsurgery.verify import Comparison, Drift, Evidence
+    from normsurgery.verifying import Comparison, Drift, Evidence
 
     from .catalog import Entry
 

@@ -15,7 +15,7 @@ from .render import NOT_SELECTED, WHOLE_MODEL, evidence, notes, print_json, tens
 from .tables import table
 
 if TYPE_CHECKING:
-    from normsurgery.plan import MeasuredCall, Plan
+    from normsurgery.plans import MeasuredCall, Plan
     from normsurgery.report import Report
     from normsurgery.steps import Step
     from normsurgery.survey import Skip
@@ -142,7 +142,7 @@ def _outcome(step: Step) -> str:
 
 def _targets(step: Step) -> str:
     """The modules whose tensors take up the norm; those of one parent as `parent.{a,b}`."""
-    from normsurgery.fold.edits import Drop
+    from normsurgery.edits.types import Drop
 
     own = set(step.site.parameters.values())
     kept = (edit.target for edit in step.edits if not isinstance(edit, Drop))

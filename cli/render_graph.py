@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from .tables import table
 
 if TYPE_CHECKING:
-    from normsurgery.verify import Evidence
+    from normsurgery.verifying import Evidence
 
 
 def shown(measured: Evidence) -> Iterator[str]:

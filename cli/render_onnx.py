@@ -12,10 +12,10 @@ from .render_graph import pairs
 from .tables import table
 
 if TYPE_CHECKING:
-    from normsurgery.export.facts import OnnxFacts
-    from normsurgery.verify import Evidence
-    from normsurgery.verify.blaming import StepsBlame
-    from normsurgery.verify.stages import Blame
+    from normsurgery.blaming import StepsBlame
+    from normsurgery.exporting.facts import OnnxFacts
+    from normsurgery.verifying import Evidence
+    from normsurgery.verifying.stages import Blame
 
     from .exporting import Exported
 
@@ -62,7 +62,7 @@ def blamed(found: Blame | StepsBlame | None, as_json: bool) -> bool:
     Returns whether there is any.
     """
     from normsurgery.reporting.content import blame_rows
-    from normsurgery.verify.stages import Blame
+    from normsurgery.verifying.stages import Blame
 
     if as_json:
         print_json({"blamed": _blame_json(found)})
@@ -88,10 +88,10 @@ def _broken_steps(found: StepsBlame) -> None:
 
 
 def _blame_json(found: Blame | StepsBlame | None) -> Any:
-    from normsurgery.verify.stages import Blame
+    from normsurgery.verifying.stages import Blame
 
     if isinstance(found, Blame):
-        from normsurgery.verify import Evidence
+        from normsurgery.verifying import Evidence
 
         return Evidence(seed=0, blamed=found).to_json()["blamed"]
     if found is None:

@@ -15,7 +15,7 @@ from .session import note, progress
 if TYPE_CHECKING:
     from normsurgery.artefacts import Loaded
     from normsurgery.inputs import Inputs
-    from normsurgery.plan import Plan
+    from normsurgery.plans import Plan
     from normsurgery.report import Report
     from normsurgery.selection import Rule
 
@@ -31,7 +31,7 @@ def ready_plan(
     Raises UsageError, UnknownName.
     """
     from normsurgery.artefacts.saving import check_folder
-    from normsurgery.plan import Plan
+    from normsurgery.plans import Plan
     from normsurgery.selection import as_rules
     from normsurgery.spec import Fidelity, canonical
 
@@ -77,8 +77,8 @@ def suffix(to: str | None) -> str:
 def planned(model: Any, to: str | None, example: Inputs | None, **wanted: Any) -> Plan:
     """The plan that `swap` would make and carry out."""
     import normsurgery as ns
-    from normsurgery.surgery import survey_for
-    from normsurgery.surgery.wrapped import unwrapped
+    from normsurgery.swapping.swapping import survey_for
+    from normsurgery.wrapped import unwrapped
 
     inner, notes = unwrapped(model)
     for text in notes:

@@ -16,7 +16,7 @@ from .session import progress
 
 if TYPE_CHECKING:
     from normsurgery.inputs import Inputs
-    from normsurgery.verify import Evidence
+    from normsurgery.verifying import Evidence
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def open_sides(
     trust: Sequence[str] | None,
 ) -> tuple[Any, Any]:
     """Both sides as `verify` takes them: torch models, ONNX files, and a saved run by its path."""
-    from normsurgery.verify.sides import is_onnx, is_saved_run, refuse_same_file
+    from normsurgery.verifying.sides import is_onnx, is_saved_run, refuse_same_file
 
     refuse_same_file(a, b)
     special = [is_onnx(side) or is_saved_run(side, other) for side, other in ((a, b), (b, a))]
@@ -75,7 +75,7 @@ def open_suspects(
     """Both sides as `blame` takes them: B may also be the JSON of a plan or a report."""
     if not b.endswith(".json"):
         return open_sides(a, b, arguments, weights, trust)
-    from normsurgery.plan import Plan
+    from normsurgery.plans import Plan
 
     plan = Plan.load(b)
     return open_model(a, arguments, weights, trust).model, plan
@@ -90,7 +90,7 @@ def _side(
     special: bool,
 ) -> Any:
     from normsurgery.artefacts.factory import is_factory
-    from normsurgery.verify.sides import is_onnx
+    from normsurgery.verifying.sides import is_onnx
 
     if is_onnx(path):
         from normsurgery.onnxfile.reading import read
@@ -108,7 +108,7 @@ def example_of(texts: Sequence[str] | None, model: Any) -> Inputs | None:
     """The inputs as spelled; else inferred from a torch model, which is said. `verify` itself makes
     those of an ONNX file or a saved run."""
     from normsurgery import inputs
-    from normsurgery.verify.sides import is_onnx
+    from normsurgery.verifying.sides import is_onnx
 
     if texts:
         return inputs.parse(list(texts))

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from normsurgery.errors import UsageError
-from normsurgery.plan import Init, Plan
+from normsurgery.plans import Init, Plan
 from normsurgery.selection import Rule
 from normsurgery.spec import Fidelity
 from normsurgery.survey import Survey
@@ -53,12 +53,12 @@ def plan(
     """
     from torch.export import ExportedProgram
 
-    from normsurgery.surgery.wrapped import unwrapped
+    from normsurgery.wrapped import unwrapped
 
     module = model.module() if isinstance(model, ExportedProgram) else unwrapped(model)[0]
     if not fold:
         _require_unused("a swap", inputs=inputs, calls=calls, rmsnorm=rmsnorm, untie=untie)
-        from normsurgery.surgery.planning import plan as plan_swap
+        from normsurgery.swapping.planning import plan as plan_swap
 
         return plan_swap(
             survey,
@@ -73,10 +73,10 @@ def plan(
             require=require,
         )
     _require_unused("a fold", to=to, rules=tuple(rules), options=options)
-    from normsurgery.fold.folding import switched_to_eval
-    from normsurgery.fold.ground import choices_of
-    from normsurgery.fold.planning import Planner, Request
-    from normsurgery.surgery.planning import check_promise
+    from normsurgery.folding.folding import switched_to_eval
+    from normsurgery.folding.ground import choices_of
+    from normsurgery.folding.planning import Planner, Request
+    from normsurgery.swapping.planning import check_promise
 
     switched_to_eval(module, False)
     choices = choices_of(rmsnorm=rmsnorm, pad=pad, untie=untie)

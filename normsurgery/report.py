@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from normsurgery.errors import UsageError
 from normsurgery.jsonfiles import read_json, write_json
-from normsurgery.plan import Plan
+from normsurgery.plans import Plan
 from normsurgery.spec import Fidelity
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from normsurgery.export.facts import OnnxFacts
-    from normsurgery.fold.speed import Speed
-    from normsurgery.surgery.journal import Journal
-    from normsurgery.surgery.keymap import KeyMap
-    from normsurgery.verify import Evidence
+    from normsurgery.exporting.facts import OnnxFacts
+    from normsurgery.folding.speed import Speed
+    from normsurgery.rewriting.journal import Journal
+    from normsurgery.rewriting.keymap import KeyMap
+    from normsurgery.verifying import Evidence
 
 OUTPUTS_CHANGE = "outputs change; train or calibrate"
 
@@ -90,10 +90,10 @@ class Report:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Report:
         """The report that `to_json` wrote, without what `undo` needs."""
-        from normsurgery.export.facts import OnnxFacts
-        from normsurgery.fold.speed import Speed
-        from normsurgery.surgery.keymap import KeyMap
-        from normsurgery.verify import Evidence
+        from normsurgery.exporting.facts import OnnxFacts
+        from normsurgery.folding.speed import Speed
+        from normsurgery.rewriting.keymap import KeyMap
+        from normsurgery.verifying import Evidence
 
         try:
             made = Plan.from_json(data["plan"])

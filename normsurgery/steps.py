@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from normsurgery.fold.editjson import edit_from_json, edit_to_json
-from normsurgery.fold.edits import Edit
+from normsurgery.edits.as_json import edit_from_json, edit_to_json
+from normsurgery.edits.types import Edit
 from normsurgery.spec import Fidelity
 from normsurgery.survey import Site
 

@@ -43,7 +43,7 @@ class CallSite:
     its dedented source) and the spans speak of. `output` is the expression whose value is the
     norm's output, `input` the value it normalises, `region` every expression that belongs to it.
     `node` is used instead of spans where the owner is a fx.GraphModule or an exported program.
-    `operations` are a formula's own operations as data (`graph.operations`), where they are plain.
+    `operations` are a formula's own operations as data (`flow.operations`), where they are plain.
     """
 
     function: str

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from normsurgery.export.facts import Canonical, EpsFact, OnnxFacts
-from normsurgery.plan import Plan
+from normsurgery.exporting.facts import Canonical, EpsFact, OnnxFacts
+from normsurgery.plans import Plan
 from normsurgery.report import Report
-from normsurgery.surgery.keymap import KeyMap
-from normsurgery.verify.evidence import Comparison, Drift, Evidence, LeftOut
-from normsurgery.verify.judge import Verdict, judge
-from normsurgery.verify.stages import Blame, Coverage, InnerValue, Stage
+from normsurgery.rewriting.keymap import KeyMap
+from normsurgery.verifying.evidence import Comparison, Drift, Evidence, LeftOut
+from normsurgery.verifying.judge import Verdict, judge
+from normsurgery.verifying.stages import Blame, Coverage, InnerValue, Stage
 
 OPERATORS = ("MatMul", "Add", "LayerNormalization", "Gelu", "MatMul", "Add", "Softmax", "Reshape")
 MODULES = {"LayerNormalization": "norm1", "MatMul": "mlp.fc1", "Gelu": "mlp.act"}

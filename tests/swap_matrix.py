@@ -22,8 +22,8 @@ from transformers_zoo import Row, models
 import normsurgery as ns
 from normsurgery.errors import NormsurgeryError
 from normsurgery.inputs import Inputs, as_inputs, flatten_outputs
-from normsurgery.surgery.application import apply
-from normsurgery.surgery.calls import recorded_calls
+from normsurgery.rewriting.application import apply
+from normsurgery.rewriting.calls import recorded_calls
 from normsurgery.treecopy import tree_copy
 
 TABLE = Path(__file__).with_name("swap_matrix.json")

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 import normsurgery as ns
 from normsurgery.errors import CannotTrace, UsageError
-from normsurgery.export.tracing import trace
+from normsurgery.exporting.tracing import trace
 from normsurgery.inputs import Inputs, as_inputs
-from normsurgery.verify.alignment import correspond, named_apart
-from normsurgery.verify.judge import judge
-from normsurgery.verify.runners import run_float64, run_native
-from normsurgery.verify.values import SourceValues
+from normsurgery.verifying.alignment import correspond, named_apart
+from normsurgery.verifying.judge import judge
+from normsurgery.verifying.runners import run_float64, run_native
+from normsurgery.verifying.values import SourceValues
 
 
 class Block(nn.Module):

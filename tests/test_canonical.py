@@ -11,19 +11,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from normsurgery import spec
-from normsurgery.export.canonical import canonicalised
-from normsurgery.export.cast_first import RMS_NORM_CAST_FIRST, CastFirstRMSNorm, WideRMSNorm
-from normsurgery.export.decompositions import as_written
-from normsurgery.export.facts import Canonical
-from normsurgery.export.tracing import trace
-from normsurgery.export.translating import translate
+from normsurgery.exporting.canonical import canonicalised
+from normsurgery.exporting.cast_first import RMS_NORM_CAST_FIRST, CastFirstRMSNorm, WideRMSNorm
+from normsurgery.exporting.decompositions import as_written
+from normsurgery.exporting.facts import Canonical
+from normsurgery.exporting.tracing import trace
+from normsurgery.exporting.translating import translate
 from normsurgery.inputs import Inputs
+from normsurgery.numerics.precision import float64_copy, lifted
 from normsurgery.onnxfile.sessions import Session
-from normsurgery.precision import float64_copy, lifted
 from normsurgery.survey import Survey
 from normsurgery.testing.cases import random_input
 from normsurgery.treecopy import tree_copy
-from normsurgery.verify.judge import judge, same_bits
+from normsurgery.verifying.judge import judge, same_bits
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 TOKENS, IMAGE = (2, 5, 12), (2, 12, 5, 3)
@@ -445,7 +445,7 @@ def test_every_normalization_that_is_found_is_told_of() -> None:
             y = F.normalize(self.by_hand(self.own(x)), dim=-1)
             return F.layer_norm(y, (12,)) / y.abs().sum(-1, keepdim=True)
 
-    from normsurgery.find import find
+    from normsurgery.finding import find
 
     x = example(TOKENS)
     model = Several().eval()

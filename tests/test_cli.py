@@ -26,11 +26,11 @@ import normsurgery as ns
 from normsurgery.cli import catalog, main, render
 from normsurgery.cli.session import progress
 from normsurgery.errors import UsageError
-from normsurgery.plan import Plan
+from normsurgery.plans import Plan
 from normsurgery.survey import Skip
-from normsurgery.verify import Comparison, Evidence
-from normsurgery.verify.evidence import LeftOut
-from normsurgery.verify.judge import Verdict
+from normsurgery.verifying import Comparison, Evidence
+from normsurgery.verifying.evidence import LeftOut
+from normsurgery.verifying.judge import Verdict
 
 LOADING = {"arguments", "weights", "trust"}
 SHOWING = {"as_json", "debug"}
@@ -590,7 +590,7 @@ def test_a_promise_that_is_required_and_not_given_exits_1(model_file: Path) -> N
 
 def test_a_broken_promise_writes_nothing(model_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that does not do what was promised must not lie there as if it did."""
-    verifying = import_module("normsurgery.verify")
+    verifying = import_module("normsurgery.verifying")
     monkeypatch.setattr(verifying, "measure", lambda *_, **__: Evidence(seed=0))
     words = ["swap", model_file, "--to", "groupnorm", "--kind", "bn", *INPUT]
     done = run(*words)

@@ -19,10 +19,10 @@ from typer.testing import CliRunner, Result
 
 import normsurgery as ns
 from normsurgery.cli import main, render_fold
-from normsurgery.fold.checks import Check
-from normsurgery.plan import Plan
+from normsurgery.folding.checks import Check
+from normsurgery.plans import Plan
 from normsurgery.survey import Skip
-from normsurgery.verify import Evidence
+from normsurgery.verifying import Evidence
 
 INPUT = ("--input", "2x3x16x16")
 QUICK = ("--no-verify", "--no-time")
@@ -361,7 +361,7 @@ def test_a_broken_promise_writes_nothing(
 ) -> None:
     path = file(mixed())
     monkeypatch.setattr(
-        import_module("normsurgery.verify"), "measure", lambda *_, **__: Evidence(seed=0)
+        import_module("normsurgery.verifying"), "measure", lambda *_, **__: Evidence(seed=0)
     )
     done = run("fold", path, *INPUT, "--no-time")
     assert done.exit_code == 1

@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 
 from normsurgery.cli.main import app
 from normsurgery.inputs import Inputs
-from normsurgery.verify import hard_inputs
-from normsurgery.verify.hard_inputs import inputs_of_a_graph
+from normsurgery.verifying import hard_inputs
+from normsurgery.verifying.hard_inputs import inputs_of_a_graph
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

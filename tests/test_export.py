@@ -27,20 +27,20 @@ from normsurgery.errors import (
     UnknownName,
     UsageError,
 )
-from normsurgery.export import exporting, optimising, preparing, writing
-from normsurgery.export.annotating import MODULE, SOURCE
-from normsurgery.export.eps import AS_ZERO, AT_EXPORT, find_eps
-from normsurgery.export.facts import EpsFact
-from normsurgery.export.half import cast_copy
-from normsurgery.export.opsets import choose_opset
-from normsurgery.export.refusals import require_inference
-from normsurgery.export.tracing import trace
-from normsurgery.export.translating import translate
+from normsurgery.exporting import exporting, optimising, preparing, writing
+from normsurgery.exporting.annotating import MODULE, SOURCE
+from normsurgery.exporting.eps import AS_ZERO, AT_EXPORT, find_eps
+from normsurgery.exporting.facts import EpsFact
+from normsurgery.exporting.half import cast_copy
+from normsurgery.exporting.opsets import choose_opset
+from normsurgery.exporting.refusals import require_inference
+from normsurgery.exporting.tracing import trace
+from normsurgery.exporting.translating import translate
 from normsurgery.inputs import Inputs
 from normsurgery.onnxfile.reading import all_nodes, read
 from normsurgery.report import Report
-from normsurgery.verify import judge
-from normsurgery.verify.runners import run_float64, run_native
+from normsurgery.verifying import judge
+from normsurgery.verifying.runners import run_float64, run_native
 
 FEATURES = 6
 
@@ -167,7 +167,7 @@ def test_every_node_says_its_module_and_line(exported: tuple[Net, Path, Report])
 
 
 def test_nodes_that_an_optimiser_made_get_the_metadata_of_their_neighbours() -> None:
-    from normsurgery.export.annotating import annotate_nodes
+    from normsurgery.exporting.annotating import annotate_nodes
 
     def node(operator: str, given: str, made: str, scopes: str = "") -> onnx.NodeProto:
         proto = onnx.helper.make_node(operator, [given], [made], name=made)
@@ -197,7 +197,7 @@ def test_the_file_says_what_it_was_made_from(exported: tuple[Net, Path, Report])
     assert told["normsurgery.dtype"] == "fp32"
     assert told["normsurgery.dynamic"] == '["batch"]'
     assert told["normsurgery.inputs"] == '["x"]'
-    assert len(told["normsurgery.plan"]) == 64
+    assert len(told["normsurgery.plans"]) == 64
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import normsurgery as ns
 from normsurgery.errors import CannotTrace
-from normsurgery.export.dynamic import Axes, Axis
-from normsurgery.export.guards import least_sizes
+from normsurgery.exporting.dynamic import Axes, Axis
+from normsurgery.exporting.guards import least_sizes
 
 AXES = Axes((Axis("x", 2, "h", 32), Axis("x", 3, "w", 32)), None)
 

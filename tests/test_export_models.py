@@ -22,8 +22,8 @@ from transformers_zoo import models
 import normsurgery as ns
 from normsurgery.inputs import as_inputs
 from normsurgery.report import Report
-from normsurgery.verify.judge import judge
-from normsurgery.verify.runners import run_float64, run_native
+from normsurgery.verifying.judge import judge
+from normsurgery.verifying.runners import run_float64, run_native
 
 Axes = Mapping[str, Mapping[int, str]]
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import normsurgery as ns
 from normsurgery.errors import UsageError
-from normsurgery.fold.checks import Check
+from normsurgery.folding.checks import Check
 from normsurgery.report import Report
 
 BOUND = 1e-9

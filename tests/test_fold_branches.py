@@ -20,23 +20,23 @@ from models.branches import (
 from torch import Tensor, fx, nn
 
 import normsurgery as ns
-from normsurgery.find import locate
-from normsurgery.fold.checks import Check
-from normsurgery.fold.edits import AddIdentity, AddKernel, Drop, Edit
-from normsurgery.fold.ground import Choices, Ground, Refused
-from normsurgery.fold.merging import apply_merges, merge_steps
-from normsurgery.fold.parallel_branches import BranchSum, branch_sums
-from normsurgery.fold.rules import into_producer
-from normsurgery.fold.running import run
-from normsurgery.graph import record
-from normsurgery.graph.nodes import inputs_of, operator
+from normsurgery.edits.running import run
+from normsurgery.edits.types import AddIdentity, AddKernel, Drop, Edit
+from normsurgery.finding import locate
+from normsurgery.flow import record
+from normsurgery.flow.nodes import inputs_of, operator
+from normsurgery.folding.checks import Check
+from normsurgery.folding.ground import Choices, Ground, Refused
+from normsurgery.folding.merging import apply_merges, merge_steps
+from normsurgery.folding.parallel_branches import BranchSum, branch_sums
+from normsurgery.folding.rules import into_producer
 from normsurgery.inputs import Inputs
 from normsurgery.norms.examples import randomised
+from normsurgery.rewriting.calls import recorded_calls
+from normsurgery.rewriting.owner import OwnerCall
+from normsurgery.rewriting.source import module_at
+from normsurgery.rewriting.tree import replace_everywhere
 from normsurgery.steps import Merge, Step
-from normsurgery.surgery.calls import recorded_calls
-from normsurgery.surgery.owner import OwnerCall
-from normsurgery.surgery.source import module_at
-from normsurgery.surgery.tree import replace_everywhere
 from normsurgery.treecopy import tree_copy
 
 torch.set_num_threads(1)

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 
 import normsurgery as ns
-from normsurgery.find import locate
-from normsurgery.fold.branch_surroundings import Merging
-from normsurgery.fold.checks import Check
-from normsurgery.fold.ground import Choices, Ground, Refused
-from normsurgery.fold.parallel_branches import Apart, BranchSum
-from normsurgery.fold.rules import into_producer
+from normsurgery.finding import locate
+from normsurgery.folding.branch_surroundings import Merging
+from normsurgery.folding.checks import Check
+from normsurgery.folding.ground import Choices, Ground, Refused
+from normsurgery.folding.parallel_branches import Apart, BranchSum
+from normsurgery.folding.rules import into_producer
 from normsurgery.inputs import Inputs
 from normsurgery.norms.examples import randomised
+from normsurgery.rewriting.references import ModuleReferences
 from normsurgery.steps import Merge
-from normsurgery.surgery.references import ModuleReferences
 
 torch.set_num_threads(1)
 

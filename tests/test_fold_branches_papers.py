@@ -17,8 +17,8 @@ from torch import Tensor, fx, nn
 import normsurgery as ns
 from normsurgery.artefacts import load
 from normsurgery.artefacts.saving import save
-from normsurgery.find import locate
-from normsurgery.fold.neutral import NeutralBranch, Zero
+from normsurgery.finding import locate
+from normsurgery.folding.neutral import NeutralBranch, Zero
 from normsurgery.inputs import Inputs
 from normsurgery.report import Report
 

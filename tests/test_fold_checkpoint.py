@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 import normsurgery as ns
 from normsurgery.artefacts.checkpoints import load_directory
+from normsurgery.edits.types import AddProduct, Centre, Copy, Create, Edit, Fill, Scale, Vector
 from normsurgery.errors import CannotRead, CannotTrace, PromiseBroken, UsageError
-from normsurgery.fold.checkpoint import (
+from normsurgery.folding.checkpoint import (
     fold_checkpoint,
     folding,
     plan_checkpoint,
@@ -32,17 +33,16 @@ from normsurgery.fold.checkpoint import (
     reading,
     streaming,
 )
-from normsurgery.fold.checkpoint.keys import read_names
-from normsurgery.fold.checkpoint.layout import read_layout
-from normsurgery.fold.checkpoint.lazy import Lazy, Source
-from normsurgery.fold.checkpoint.pieces import Composite, NotPlacement
-from normsurgery.fold.edits import AddProduct, Centre, Copy, Create, Edit, Fill, Scale, Vector
-from normsurgery.fold.ground import Choices
-from normsurgery.plan import Plan
+from normsurgery.folding.checkpoint.keys import read_names
+from normsurgery.folding.checkpoint.layout import read_layout
+from normsurgery.folding.checkpoint.lazy import Lazy, Source
+from normsurgery.folding.checkpoint.pieces import Composite, NotPlacement
+from normsurgery.folding.ground import Choices
+from normsurgery.plans import Plan
 from normsurgery.spec import Fidelity
 from normsurgery.steps import Fold
 from normsurgery.survey import Site
-from normsurgery.verify import judge
+from normsurgery.verifying import judge
 
 BOUND = 1e-9  # relative, float64 against float64
 WORDS = 64

@@ -17,10 +17,10 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize
 from transformers.pytorch_utils import Conv1D
 
-from normsurgery.errors import UsageError
-from normsurgery.fold.casting import cast
-from normsurgery.fold.editjson import edit_from_json, edit_to_json
-from normsurgery.fold.edits import (
+from normsurgery.edits.as_json import edit_from_json, edit_to_json
+from normsurgery.edits.casting import cast
+from normsurgery.edits.running import run
+from normsurgery.edits.types import (
     AddIdentity,
     AddKernel,
     AddProduct,
@@ -38,10 +38,10 @@ from normsurgery.fold.edits import (
     reads,
     writes,
 )
-from normsurgery.fold.running import run
-from normsurgery.fold.vectors import values
-from normsurgery.graph import record
-from normsurgery.graph.operations import as_data
+from normsurgery.edits.vectors import values
+from normsurgery.errors import UsageError
+from normsurgery.flow import record
+from normsurgery.flow.operations import as_data
 from normsurgery.inputs import Inputs
 from normsurgery.norms.examples import randomised
 from normsurgery.norms.weightstandardization import WeightStandardization, standardization_settings

@@ -16,12 +16,12 @@ from torch.nn import functional as F
 import normsurgery as ns
 from normsurgery import artefacts
 from normsurgery.errors import UsageError
-from normsurgery.fold.channel_pad import ChannelPad
-from normsurgery.fold.checks import Check
+from normsurgery.folding.channel_pad import ChannelPad
+from normsurgery.folding.checks import Check
 from normsurgery.norms.examples import randomised
-from normsurgery.plan import Plan
+from normsurgery.plans import Plan
 from normsurgery.report import Report
-from normsurgery.verify import judge
+from normsurgery.verifying import judge
 
 EXACT = 1e-9  # relative, float64 against float64
 RULE = "into consumers, explicit padding"

@@ -26,10 +26,10 @@ from transformers_zoo.row import DECODER, ENCODER, built, text_input
 
 import normsurgery as ns
 from normsurgery.errors import UsageError
-from normsurgery.fold.checks import Check
+from normsurgery.folding.checks import Check
 from normsurgery.inputs import flatten_outputs
 from normsurgery.report import Report
-from normsurgery.verify import judge
+from normsurgery.verifying import judge
 
 FOLDED, REDUCED, REFUSED = "folded", "reduced", "refused"
 EXACT = 1e-9  # relative, float64 against float64

@@ -12,9 +12,9 @@ from models.merged_streams import CASES, Asks, row
 from torch import Tensor, nn
 
 import normsurgery as ns
+from normsurgery.edits.types import Centre
 from normsurgery.errors import NormsurgeryError
-from normsurgery.fold.channel_pad import ChannelPad
-from normsurgery.fold.edits import Centre
+from normsurgery.folding.channel_pad import ChannelPad
 from normsurgery.norms.examples import randomised
 from normsurgery.report import Report
 

@@ -20,15 +20,15 @@ from transformers_zoo import models
 from transformers_zoo.row import DECODER, built, image, text_input
 
 import normsurgery as ns
-from normsurgery.fold.checks import Check
-from normsurgery.fold.edits import Scale
-from normsurgery.fold.ground import Choices
-from normsurgery.fold.planning import plan_fold
+from normsurgery.edits.types import Scale
+from normsurgery.folding.checks import Check
+from normsurgery.folding.ground import Choices
+from normsurgery.folding.planning import plan_fold
 from normsurgery.inputs import as_inputs
-from normsurgery.plan import Plan
-from normsurgery.precision import float64_copy
+from normsurgery.numerics.precision import float64_copy
+from normsurgery.plans import Plan
 from normsurgery.steps import Step
-from normsurgery.verify.runners import run_float64, run_native, use_plain_experts
+from normsurgery.verifying.runners import run_float64, run_native, use_plain_experts
 
 UNTIE = {"untie": True}
 

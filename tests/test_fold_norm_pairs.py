@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import normsurgery as ns
-from normsurgery.fold.checks import Check
+from normsurgery.folding.checks import Check
 from normsurgery.norms.examples import randomised
 
 EXACT = 1e-9  # relative, float64 against float64

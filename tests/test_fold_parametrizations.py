@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 import normsurgery as ns
-from normsurgery.fold.checks import Check
-from normsurgery.fold.edits import Bake
-from normsurgery.fold.parametrizations import apply_baked, baked_steps
-from normsurgery.fold.running import run
+from normsurgery.edits.running import run
+from normsurgery.edits.types import Bake
+from normsurgery.folding.checks import Check
+from normsurgery.folding.parametrizations import apply_baked, baked_steps
 from normsurgery.norms.examples import randomised
 from normsurgery.norms.neuronwise import NeuronwiseConv2d, NeuronwiseLinear
 from normsurgery.norms.weightstandardization import WeightStandardization
-from normsurgery.precision import float64_copy, lifted
+from normsurgery.numerics.precision import float64_copy, lifted
 from normsurgery.spec import Fidelity
 from normsurgery.steps import BakeWeight, Step
 from normsurgery.survey import Survey

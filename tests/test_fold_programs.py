@@ -12,7 +12,7 @@ from transformers_zoo import models, randomise
 import normsurgery as ns
 from normsurgery import artefacts
 from normsurgery.errors import UsageError
-from normsurgery.fold.checks import Check
+from normsurgery.folding.checks import Check
 from normsurgery.inputs import as_inputs, flatten_outputs
 from normsurgery.norms.examples import randomised
 

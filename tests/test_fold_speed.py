@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import normsurgery as ns
 from normsurgery.errors import CannotTrace
-from normsurgery.fold import speed
-from normsurgery.fold.speed import ON_A_CPU, Latency, Speed, measure_speed
+from normsurgery.folding import speed
+from normsurgery.folding.speed import ON_A_CPU, Latency, Speed, measure_speed
 from normsurgery.inputs import Inputs
 
 

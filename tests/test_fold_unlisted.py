@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from transformers_zoo import models, randomise
 
 import normsurgery as ns
-from normsurgery.find import locate
-from normsurgery.fold.ground import Choices
-from normsurgery.fold.planning import plan_fold
-from normsurgery.fold.unlisted import is_unlisted, with_unlisted
+from normsurgery.finding import locate
+from normsurgery.folding.ground import Choices
+from normsurgery.folding.planning import plan_fold
+from normsurgery.folding.unlisted import is_unlisted, with_unlisted
 from normsurgery.inputs import Inputs, as_inputs, flatten_outputs
 from normsurgery.norms.examples import randomised
-from normsurgery.plan import Plan
+from normsurgery.plans import Plan
 
 torch.set_num_threads(1)
 BOUND = 1e-9

@@ -15,9 +15,9 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import normsurgery as ns
 from normsurgery import artefacts
-from normsurgery.fold.checks import Check
+from normsurgery.folding.checks import Check
 from normsurgery.norms.examples import randomised
-from normsurgery.plan import Plan
+from normsurgery.plans import Plan
 from normsurgery.report import Report
 
 EXACT = 1e-9  # relative, float64 against float64

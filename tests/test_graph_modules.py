@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 import normsurgery as ns
 from normsurgery.errors import CannotRewrite
-from normsurgery.surgery.owner.exported import rewrite_exported
-from normsurgery.surgery.owner.graphs import rewrite_graph_module
+from normsurgery.rewriting.owner.exported import rewrite_exported
+from normsurgery.rewriting.owner.graphs import rewrite_graph_module
 from normsurgery.survey import CallSite, Origin, Site
 
 C = 12

@@ -9,8 +9,8 @@ from torch.export import ExportedProgram
 
 from normsurgery.errors import UsageError
 from normsurgery.onnxfile.sessions import Session
-from normsurgery.verify.half_device import computes_wider, overflow_on_device
-from normsurgery.verify.judge import judge, same_bits
+from normsurgery.verifying.half_device import computes_wider, overflow_on_device
+from normsurgery.verifying.judge import judge, same_bits
 
 HALF = (torch.float16, torch.bfloat16)
 

@@ -13,11 +13,11 @@ from onnx_cases.graphs import graph, node
 from torch import Tensor, nn
 
 from normsurgery.inputs import Inputs
-from normsurgery.verify import hard_inputs, verify
-from normsurgery.verify.axes import Axis
-from normsurgery.verify.hard_ids import MOST_IDS, ids_wanted
-from normsurgery.verify.hard_inputs import inputs_of_a_graph
-from normsurgery.verify.hard_tables import embedding_rows
+from normsurgery.verifying import hard_inputs, verify
+from normsurgery.verifying.axes import Axis
+from normsurgery.verifying.hard_ids import MOST_IDS, ids_wanted
+from normsurgery.verifying.hard_inputs import inputs_of_a_graph
+from normsurgery.verifying.hard_tables import embedding_rows
 
 FLOAT, INT, BOOL = torch.float32, torch.int64, torch.bool
 

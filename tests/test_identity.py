@@ -14,8 +14,8 @@ from torch import Tensor, fx, nn
 import normsurgery as ns
 from normsurgery import spec
 from normsurgery.inputs import flatten_outputs
-from normsurgery.precision import float64_copy, lifted
-from normsurgery.surgery.replay import Replay
+from normsurgery.numerics.precision import float64_copy, lifted
+from normsurgery.rewriting.replay import Replay
 from normsurgery.treecopy import tree_copy
 
 WITH_SITES = {name: spelling for name, spelling in SPELLINGS.items() if spelling.sites}

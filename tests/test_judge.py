@@ -9,9 +9,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from normsurgery.verify import Verdict, judge
-from normsurgery.verify.differences import ulp
-from normsurgery.verify.judge import FREE_ULPS, NATIVE_FACTOR, same_bits, unchanged
+from normsurgery.verifying import Verdict, judge
+from normsurgery.verifying.differences import ulp
+from normsurgery.verifying.judge import FREE_ULPS, NATIVE_FACTOR, same_bits, unchanged
 
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 dtypes = st.sampled_from(HALF_AND_SINGLE)

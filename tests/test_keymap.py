@@ -11,10 +11,10 @@ from models.traps import Convolutional, Parts, SharedWeight, Tied, nothing_neutr
 from torch import nn
 
 from normsurgery.errors import UsageError
-from normsurgery.surgery.application import Applied, apply
-from normsurgery.surgery.keymap import KeyMap, Move
-from normsurgery.surgery.planning import plan
+from normsurgery.rewriting.application import Applied, apply
+from normsurgery.rewriting.keymap import KeyMap, Move
 from normsurgery.survey import Site, Survey
+from normsurgery.swapping.planning import plan
 from normsurgery.treecopy import tree_copy
 
 SHAPES = {"norm1": (2, 8, 8, 8), "block.1": (2, 16, 8, 8)}

@@ -24,7 +24,7 @@ from normsurgery.norms.layernorm_chw import LayerNormCHW
 from normsurgery.norms.rmsnorm import RMSNorm
 from normsurgery.spec import Fidelity, Source
 from normsurgery.testing import check_conversion, random_input, source_of
-from normsurgery.verify.judge import judge
+from normsurgery.verifying.judge import judge
 
 CLASSICAL = (
     "batchnorm",

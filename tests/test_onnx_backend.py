@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from normsurgery import spec
-from normsurgery.verify.judge import judge
+from normsurgery.verifying.judge import judge
 
 AXES = (
     *("4d_axis0", "4d_axis_negative_4", "4d_axis1", "4d_axis_negative_3", "4d_axis2"),

@@ -20,15 +20,15 @@ from torch import Tensor, nn
 
 from normsurgery.errors import CannotRun, UsageError
 from normsurgery.inputs import Inputs
+from normsurgery.numerics.precision import NotFloat64
 from normsurgery.onnxfile import lifting
 from normsurgery.onnxfile.feeding import as_tensor, feeds
 from normsurgery.onnxfile.float64 import Float64Graph
 from normsurgery.onnxfile.formulas import OPERATORS, norms
 from normsurgery.onnxfile.reading import of_proto
 from normsurgery.onnxfile.sessions import Session
-from normsurgery.precision import NotFloat64
-from normsurgery.verify.judge import Verdict, judge
-from normsurgery.verify.runners import run_float64
+from normsurgery.verifying.judge import Verdict, judge
+from normsurgery.verifying.runners import run_float64
 
 
 def exported(model: nn.Module, inputs: Inputs, opset: int, *, optimize: bool) -> onnx.ModelProto:

@@ -25,7 +25,7 @@ from normsurgery.onnxfile.feeding import feeds
 from normsurgery.onnxfile.float64 import Float64Graph
 from normsurgery.onnxfile.reading import floating_values, of_proto
 from normsurgery.onnxfile.sessions import Session, optimised
-from normsurgery.verify.judge import judge
+from normsurgery.verifying.judge import judge
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,

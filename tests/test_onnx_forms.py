@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from normsurgery import spec
-from normsurgery.export.decompositions import operator_of, translations
-from normsurgery.export.quiet import quiet
+from normsurgery.exporting.decompositions import operator_of, translations
+from normsurgery.exporting.quiet import quiet
 from normsurgery.norms.l2norm import L2Norm
 from normsurgery.onnxfile.sessions import Session, optimised
 from normsurgery.spec import Reading
 from normsurgery.testing.cases import hard_inputs, random_input, run
 from normsurgery.testing.exports import onnx_model
-from normsurgery.verify.judge import Verdict, judge
+from normsurgery.verifying.judge import Verdict, judge
 
 OPSETS = tuple(range(18, 25))
 HALF = (torch.float16, torch.bfloat16)
@@ -115,9 +115,9 @@ def several(shapes: list[tuple[int, ...]]) -> Iterator[tuple[str, list[Tensor]]]
 
 
 def side_by_side(norms: list[nn.Module], xs: list[Tensor], opset: int) -> onnx.ModelProto:
-    from normsurgery.export.canonical import canonicalised
-    from normsurgery.export.tracing import trace
-    from normsurgery.export.translating import translate
+    from normsurgery.exporting.canonical import canonicalised
+    from normsurgery.exporting.tracing import trace
+    from normsurgery.exporting.translating import translate
     from normsurgery.inputs import Inputs
     from normsurgery.treecopy import tree_copy
 
@@ -226,8 +226,8 @@ def test_a_group_norm_takes_any_batch_also_an_empty_one(dtype: torch.dtype) -> N
 @pytest.mark.parametrize("opset", [18, 22])
 @pytest.mark.parametrize("norm", [Grouped(), drawn(nn.GroupNorm(4, 12))])
 def test_a_group_norm_takes_any_height_and_width(norm: nn.Module, opset: int) -> None:
-    from normsurgery.export.tracing import trace
-    from normsurgery.export.translating import translate
+    from normsurgery.exporting.tracing import trace
+    from normsurgery.exporting.translating import translate
     from normsurgery.inputs import Inputs
 
     axes = {"x" if isinstance(norm, Grouped) else "input": {0: "batch", 2: "height", 3: "width"}}
@@ -244,7 +244,7 @@ def test_a_group_norm_takes_any_height_and_width(norm: nn.Module, opset: int) ->
 
 
 def test_a_group_norm_that_was_decomposed_before_is_centred_too() -> None:
-    from normsurgery.export.translating import translate
+    from normsurgery.exporting.translating import translate
 
     norm, x = drawn(nn.GroupNorm(3, 12)), random_input((2, 12, 5, 3)).float()
     program = torch.export.export(norm, (x,)).run_decompositions()
@@ -383,8 +383,8 @@ class OverWhatThereIs(nn.Module):
 @pytest.mark.parametrize("opset", [20, 23])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_sizes_of_the_normalised_axes_may_be_dynamic(opset: int, dtype: torch.dtype) -> None:
-    from normsurgery.export.tracing import trace
-    from normsurgery.export.translating import translate
+    from normsurgery.exporting.tracing import trace
+    from normsurgery.exporting.translating import translate
     from normsurgery.inputs import Inputs
 
     norm, x = OverWhatThereIs(), random_input((2, 5, 12)).to(dtype)

@@ -28,7 +28,7 @@ from onnx_mutants.sources import NORMS_OF_STACK, sources
 
 import normsurgery as ns
 from normsurgery import artefacts
-from normsurgery.verify.judge import judge
+from normsurgery.verifying.judge import judge
 
 SEED = 4 if campaign.SEED is None else campaign.SEED
 EACH = 5 if campaign.SEED is None else 6

@@ -16,7 +16,7 @@ from normsurgery.onnxfile import reading, sessions
 from normsurgery.onnxfile.float64 import Float64Graph
 from normsurgery.onnxfile.reading import floating_values, norm_operators, of_proto, read
 from normsurgery.onnxfile.sessions import LEVELS, Session, missing_provider, optimised
-from normsurgery.verify.judge import judge, same_bits
+from normsurgery.verifying.judge import judge, same_bits
 
 
 def spelled_out() -> onnx.ModelProto:

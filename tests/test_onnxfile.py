@@ -26,7 +26,7 @@ from normsurgery.onnxfile.reading import (
     value_types,
 )
 from normsurgery.onnxfile.sessions import Session
-from normsurgery.verify.judge import same_bits
+from normsurgery.verifying.judge import same_bits
 
 FLOAT, HALF, BF16 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16
 Value = tuple[str, int, Any]

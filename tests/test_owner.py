@@ -37,8 +37,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from normsurgery.errors import NormsurgeryError
-from normsurgery.graph import positions
-from normsurgery.surgery.owner import Placement, reapply, restore, rewrite_owner
+from normsurgery.flow import positions
+from normsurgery.rewriting.owner import Placement, reapply, restore, rewrite_owner
 
 
 @pytest.mark.parametrize("label", OWNERS)

@@ -23,8 +23,8 @@ from models.owners import ONE, Affine, C, Formula, InPlace, Rebound, x
 from torch import nn
 from torch.nn import functional as F
 
-from normsurgery.graph import positions
-from normsurgery.surgery.owner import OwnerCall, Placement, rewrite_owner
+from normsurgery.flow import positions
+from normsurgery.rewriting.owner import OwnerCall, Placement, rewrite_owner
 
 
 def test_formula_over_statements_leaves_nothing_behind():

@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from normsurgery.errors import CannotRewrite
-from normsurgery.graph import positions
-from normsurgery.surgery.owner import Placement, reapply
+from normsurgery.flow import positions
+from normsurgery.rewriting.owner import Placement, reapply
 from normsurgery.survey import CallSite, Origin
 
 # ------------------------------------------- what a trace would freeze or lose, and source keeps

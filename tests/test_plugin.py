@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 import normsurgery as ns
 from normsurgery import spec
-from normsurgery.fold.affines import affine_of
-from normsurgery.fold.editjson import edit_from_json, edit_to_json
-from normsurgery.fold.edits import Shift
-from normsurgery.fold.vectors import values
+from normsurgery.edits.as_json import edit_from_json, edit_to_json
+from normsurgery.edits.types import Shift
+from normsurgery.edits.vectors import values
+from normsurgery.folding.affines import affine_of
 from normsurgery.testing import Check, norm_checks
 
 sys.path.insert(0, str(Path(__file__).with_name("plugin")))

@@ -9,7 +9,7 @@ from models.owner_sites import inner_forward
 from models.owners import IfTraining, doubled, x
 from torch import nn
 
-from normsurgery.graph import positions
+from normsurgery.flow import positions
 
 
 def probe(value, spans_seen):

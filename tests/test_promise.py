@@ -6,13 +6,13 @@ from torch import Tensor, nn
 
 from normsurgery.errors import CannotTrace
 from normsurgery.inputs import Inputs
-from normsurgery.plan import Plan
+from normsurgery.plans import Plan
 from normsurgery.spec import Fidelity
 from normsurgery.steps import Swap
 from normsurgery.survey import Site
 from normsurgery.treecopy import tree_copy
-from normsurgery.verify import measure
-from normsurgery.verify.promise import relative_change
+from normsurgery.verifying import measure
+from normsurgery.verifying.promise import relative_change
 
 
 class Net(nn.Module):

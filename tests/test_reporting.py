@@ -17,21 +17,21 @@ from torch import nn
 
 import normsurgery as ns
 from normsurgery.errors import UsageError
-from normsurgery.export.facts import Canonical, EpsFact, OnnxFacts
-from normsurgery.fold.speed import Latency, Speed
-from normsurgery.plan import Plan
+from normsurgery.exporting.facts import Canonical, EpsFact, OnnxFacts
+from normsurgery.folding.speed import Latency, Speed
+from normsurgery.plans import Plan
 from normsurgery.report import Report
 from normsurgery.reporting import content, schema, write_report
 from normsurgery.reporting.html import page
 from normsurgery.reporting.markdown import markdown
 from normsurgery.reporting.plot import points
 from normsurgery.reporting.written import eps_line
+from normsurgery.rewriting.keymap import KeyMap
 from normsurgery.steps import TYPES, Step
-from normsurgery.surgery.keymap import KeyMap
 from normsurgery.survey import Site, Skip
-from normsurgery.verify.evidence import Comparison, Drift, Evidence, LeftOut
-from normsurgery.verify.judge import Verdict
-from normsurgery.verify.stages import Blame, Coverage, InnerValue, Stage
+from normsurgery.verifying.evidence import Comparison, Drift, Evidence, LeftOut
+from normsurgery.verifying.judge import Verdict
+from normsurgery.verifying.stages import Blame, Coverage, InnerValue, Stage
 
 DATACLASSES = (
     Evidence, Verdict, Comparison, LeftOut, Drift, Stage, InnerValue, Coverage, Blame, OnnxFacts,

@@ -16,10 +16,10 @@ from torch.nn import functional as F
 
 import normsurgery as ns
 from normsurgery.errors import CannotRead, UsageError
-from normsurgery.precision import float64_copy
+from normsurgery.numerics.precision import float64_copy
 from normsurgery.report import Report
-from normsurgery.surgery import rebuild, restore_originals, restore_rewrites
-from normsurgery.verify import judge
+from normsurgery.rewriting.rebuilding import rebuild, restore_originals, restore_rewrites
+from normsurgery.verifying import judge
 
 IMAGES = (torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(2)),)
 

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 import normsurgery as ns
 from normsurgery.errors import CannotRead, UsageError
 from normsurgery.inputs import Inputs
-from normsurgery.verify import hard_inputs
-from normsurgery.verify.elsewhere import digest, record, verify_saved
-from normsurgery.verify.hard_inputs import Case
-from normsurgery.verify.judge import same_bits
-from normsurgery.verify.saved import KEY, SavedCase, SavedRun, is_run
-from normsurgery.verify.sources import TorchCandidate, torch_source
+from normsurgery.verifying import hard_inputs
+from normsurgery.verifying.elsewhere import digest, record, verify_saved
+from normsurgery.verifying.hard_inputs import Case
+from normsurgery.verifying.judge import same_bits
+from normsurgery.verifying.saved import KEY, SavedCase, SavedRun, is_run
+from normsurgery.verifying.sources import TorchCandidate, torch_source
 
 
 def model(seed: int = 0) -> nn.Module:
@@ -198,7 +198,7 @@ def test_half_precision_is_judged_against_rounded_weights(tmp_path: Path) -> Non
 
 def test_a_graph_is_saved_and_judged(tmp_path: Path) -> None:
     from normsurgery.onnxfile.reading import of_proto
-    from normsurgery.verify.sources import OnnxCandidate, OnnxSource
+    from normsurgery.verifying.sources import OnnxCandidate, OnnxSource
 
     x = torch.randn(4, 8)
     written = torch.onnx.export(model(), (x,), dynamo=True, verbose=False)

@@ -14,7 +14,7 @@ from normsurgery.norms.examples import randomised
 from normsurgery.norms.gatedrmsnorm import GatedRMSNorm
 from normsurgery.norms.powernorm import PowerNorm
 from normsurgery.testing import random_input
-from normsurgery.verify.judge import judge
+from normsurgery.verifying.judge import judge
 
 X = random_input((2, 5, 12)).float()
 

@@ -31,13 +31,13 @@ from torch.nn.utils import parametrize
 
 import normsurgery as ns
 from normsurgery.errors import CannotRead, CannotTrace, UsageError
-from normsurgery.plan import Plan
-from normsurgery.precision import float64_copy
+from normsurgery.numerics.precision import float64_copy
+from normsurgery.plans import Plan
 from normsurgery.report import Report
-from normsurgery.surgery.application import Applied, apply
-from normsurgery.surgery.planning import plan
+from normsurgery.rewriting.application import Applied, apply
+from normsurgery.swapping.planning import plan
 from normsurgery.treecopy import tree_copy
-from normsurgery.verify import judge
+from normsurgery.verifying import judge
 
 IMAGES = (torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3)),)
 TOKENS = (torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(4)),)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import normsurgery as ns
-from normsurgery.surgery.application import apply
-from normsurgery.surgery.planning import plan
+from normsurgery.rewriting.application import apply
+from normsurgery.swapping.planning import plan
 from normsurgery.treecopy import tree_copy
 
 IMAGES = (torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(1)),)

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from normsurgery.errors import CannotRead, CannotTrace, UnknownName, UsageError
 from normsurgery.inputs import Inputs
-from normsurgery.verify import Evidence, hard_inputs, judge, verify
-from normsurgery.verify.memory import available_bytes, float64_weight_bytes, parts_that_fit
-from normsurgery.verify.runners import run_float64, run_native, same_randomness
+from normsurgery.verifying import Evidence, hard_inputs, judge, verify
+from normsurgery.verifying.memory import available_bytes, float64_weight_bytes, parts_that_fit
+from normsurgery.verifying.runners import run_float64, run_native, same_randomness
 
 FEATURES = 24
 

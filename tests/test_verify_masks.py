@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import normsurgery as ns
-from normsurgery.verify.judge import judge
-from normsurgery.verify.shaking import shaken
+from normsurgery.verifying.judge import judge
+from normsurgery.verifying.shaking import shaken
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
 HIDDEN = torch.arange(8) % 4 == 0

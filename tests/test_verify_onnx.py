@@ -17,17 +17,17 @@ from normsurgery.errors import UsageError
 from normsurgery.inputs import Inputs
 from normsurgery.onnxfile.reading import of_proto
 from normsurgery.onnxfile.sessions import Session
-from normsurgery.verify import Evidence, judge, verify
-from normsurgery.verify.axes import Axis, dynamic_axes, sizes_to_try
-from normsurgery.verify.conversion import conversion
-from normsurgery.verify.exported import verify_export
-from normsurgery.verify.graph_inputs import inputs_of
-from normsurgery.verify.hard_inputs import inputs_of_a_graph
-from normsurgery.verify.inside import look_inside
-from normsurgery.verify.rounding import losses_of_rounding
-from normsurgery.verify.runners import run_float64, run_native
-from normsurgery.verify.shaking import summed
-from normsurgery.verify.sources import torch_source
+from normsurgery.verifying import Evidence, judge, verify
+from normsurgery.verifying.axes import Axis, dynamic_axes, sizes_to_try
+from normsurgery.verifying.conversion import conversion
+from normsurgery.verifying.exported import verify_export
+from normsurgery.verifying.graph_inputs import inputs_of
+from normsurgery.verifying.hard_inputs import inputs_of_a_graph
+from normsurgery.verifying.inside import look_inside
+from normsurgery.verifying.rounding import losses_of_rounding
+from normsurgery.verifying.runners import run_float64, run_native
+from normsurgery.verifying.shaking import summed
+from normsurgery.verifying.sources import torch_source
 
 FLOAT = torch.float32
 ROWS = {"x": (FLOAT, ["batch", 16])}

@@ -138,8 +138,8 @@ def _remade(content: Mapping[Any, Any], path: Path) -> Loaded:
     """A file written for a model with rewritten owners: their forwards are rewritten again."""
     if not isinstance(content.get("model"), nn.Module) or "plan" not in content:
         raise CannotRead(f"{path}: marked as written by normsurgery, but holds no model and plan.")
-    from normsurgery.plan import Plan
-    from normsurgery.surgery.rebuilding import restore_rewrites
+    from normsurgery.plans import Plan
+    from normsurgery.rewriting.rebuilding import restore_rewrites
 
     plans = tuple(content["plan"])
     model = content["model"]

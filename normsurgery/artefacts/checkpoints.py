@@ -156,8 +156,8 @@ def rebuilt(model: nn.Module, plans: tuple[Any, ...]) -> nn.Module:
     """A fresh model with the swaps of earlier plans (as JSON, oldest first) made again."""
     if not plans:
         return model
-    from normsurgery.plan import Plan
-    from normsurgery.surgery import rebuild
+    from normsurgery.plans import Plan
+    from normsurgery.rewriting.rebuilding import rebuild
 
     for plan in plans:
         model = rebuild(model, Plan.from_json(plan))

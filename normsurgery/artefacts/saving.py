@@ -108,7 +108,7 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 
 def _write_pickle(loaded: Loaded, model: nn.Module, plans: tuple[Any, ...], path: Path) -> None:
-    from normsurgery.surgery.rebuilding import holds_rewrites, restore_originals
+    from normsurgery.rewriting.rebuilding import holds_rewrites, restore_originals
 
     content: Any = model
     if holds_rewrites(model):

@@ -14,6 +14,7 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
 from normsurgery.errors import CannotRun, UsageError
+from normsurgery.numerics.precision import NotFloat64
 from normsurgery.onnxfile.feeding import as_array
 from normsurgery.onnxfile.formulas import OPERATORS
 from normsurgery.onnxfile.lifting import (
@@ -23,7 +24,6 @@ from normsurgery.onnxfile.lifting import (
     without_functions,
 )
 from normsurgery.onnxfile.reading import OnnxFile, subgraphs
-from normsurgery.precision import NotFloat64
 
 Array = np.ndarray[Any, Any]
 

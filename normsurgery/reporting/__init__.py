@@ -12,7 +12,7 @@ from normsurgery.errors import UsageError
 
 if TYPE_CHECKING:
     from normsurgery.report import Report
-    from normsurgery.verify import Evidence
+    from normsurgery.verifying import Evidence
 
 SUFFIXES = (".html", ".md", ".json")
 

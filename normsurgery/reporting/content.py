@@ -7,15 +7,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from normsurgery.verify.judge import FREE_ULPS, Verdict
+from normsurgery.verifying.judge import FREE_ULPS, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
 
-    from normsurgery.export.facts import OnnxFacts
+    from normsurgery.exporting.facts import OnnxFacts
     from normsurgery.report import Report
-    from normsurgery.verify.evidence import Comparison, Evidence
-    from normsurgery.verify.stages import Blame, InnerValue
+    from normsurgery.verifying.evidence import Comparison, Evidence
+    from normsurgery.verifying.stages import Blame, InnerValue
 
 T = TypeVar("T")
 
@@ -59,7 +59,7 @@ class Subject:
 
 
 def subject(result: Report | Evidence) -> Subject:
-    from normsurgery.verify.evidence import Evidence
+    from normsurgery.verifying.evidence import Evidence
 
     if isinstance(result, Evidence):
         return Subject(result)

@@ -12,11 +12,11 @@ from normsurgery.reporting import content, plot, written
 from normsurgery.reporting.content import Subject, Table
 
 if TYPE_CHECKING:
-    from normsurgery.export.facts import OnnxFacts
-    from normsurgery.plan import Plan
+    from normsurgery.exporting.facts import OnnxFacts
+    from normsurgery.plans import Plan
     from normsurgery.report import Report
-    from normsurgery.verify import Evidence
-    from normsurgery.verify.judge import Verdict
+    from normsurgery.verifying import Evidence
+    from normsurgery.verifying.judge import Verdict
 
 # Nothing may be fetched, whatever a model's names hold.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"

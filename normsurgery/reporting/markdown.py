@@ -11,7 +11,7 @@ from normsurgery.reporting.content import Subject, Table
 
 if TYPE_CHECKING:
     from normsurgery.report import Report
-    from normsurgery.verify import Evidence
+    from normsurgery.verifying import Evidence
 
 # An underscore within a word stands for itself.
 SPECIAL = re.compile(r"[\\`*<>|\[\]#]|(?<!\w)_|_(?!\w)")

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 from normsurgery.reporting.content import allowed_ulps, number
 
 if TYPE_CHECKING:
-    from normsurgery.verify.judge import Verdict
-    from normsurgery.verify.stages import Blame, InnerValue
+    from normsurgery.verifying.judge import Verdict
+    from normsurgery.verifying.stages import Blame, InnerValue
 
 WIDTH, HEIGHT = 1040, 400
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 34, 64  # margins around the plot

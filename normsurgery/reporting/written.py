@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from normsurgery.reporting.content import WHOLE_MODEL, Table, counted, grouped, size
 
 if TYPE_CHECKING:
-    from normsurgery.export.facts import Canonical, OnnxFacts
-    from normsurgery.plan import Plan
+    from normsurgery.exporting.facts import Canonical, OnnxFacts
+    from normsurgery.plans import Plan
 
 NAMES = 3  # as many modules are named where there are more
 

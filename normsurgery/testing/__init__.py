@@ -7,7 +7,7 @@
         check()
 
 Every check raises AssertionError that says what was expected and what was measured. The only
-tolerances are those of `normsurgery.verify.judge`. A conversion's options are the norm's own, so
+tolerances are those of `normsurgery.verifying.judge`. A conversion's options are the norm's own, so
 those are tested one by one: `check_conversion(NORM, source_of(...), random_input(shape), options)`.
 """
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from normsurgery.spec import Example, NormSpec
-from normsurgery.verify.judge import Verdict, judge
+from normsurgery.verifying.judge import Verdict, judge
 
 MODES = (True, False)
 LOW_PRECISION = (torch.float32, torch.bfloat16, torch.float16)

@@ -23,7 +23,7 @@ from normsurgery.testing.cases import (
     random_input,
     same,
 )
-from normsurgery.verify.judge import judge
+from normsurgery.verifying.judge import judge
 
 
 def check_conversions(spec: NormSpec) -> None:

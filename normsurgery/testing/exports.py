@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from normsurgery.spec import NormSpec
 from normsurgery.testing.cases import hard_inputs, made, modes, random_input, require, run
-from normsurgery.verify.judge import Verdict, judge
+from normsurgery.verifying.judge import Verdict, judge
 
 OPSETS = (18, 20, 21, 23, 24)  # where an operator of a norm begins or changes
 BATCHES = (1, 7)
@@ -69,9 +69,9 @@ def _onnx_case(spec: NormSpec) -> tuple[nn.Module, Tensor]:
 
 def onnx_model(module: nn.Module, x: Tensor, opset: int, *, dynamic_batch: bool = False) -> Any:
     """The onnx.ModelProto that `normsurgery.export` writes for a module in eval, on one input."""
-    from normsurgery.export.canonical import canonicalised
-    from normsurgery.export.tracing import trace
-    from normsurgery.export.translating import translate
+    from normsurgery.exporting.canonical import canonicalised
+    from normsurgery.exporting.tracing import trace
+    from normsurgery.exporting.translating import translate
     from normsurgery.inputs import Inputs
     from normsurgery.treecopy import tree_copy
 

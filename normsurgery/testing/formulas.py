@@ -26,7 +26,7 @@ from normsurgery.testing.cases import (
     require,
     run,
 )
-from normsurgery.verify.judge import judge
+from normsurgery.verifying.judge import judge
 
 VISIBLE = 1e-8  # a hundred times what float64 comparisons forgive: less is a neutral parameter
 

@@ -13,7 +13,7 @@ from normsurgery.spec import NormSpec
 from normsurgery.testing.cases import each_case, made, random_input, require, run
 from normsurgery.testing.conversions import sources
 from normsurgery.testing.invariances import affine_in_eval
-from normsurgery.verify.judge import judge
+from normsurgery.verifying.judge import judge
 
 
 def check_inference_form(spec: NormSpec) -> None:

@@ -19,7 +19,7 @@ from normsurgery.testing.cases import (
     require,
     run,
 )
-from normsurgery.verify.judge import judge
+from normsurgery.verifying.judge import judge
 
 
 def check_batch_sizes(spec: NormSpec) -> None:

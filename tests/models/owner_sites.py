@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from normsurgery import spec
 from normsurgery.errors import CannotRewrite
-from normsurgery.graph import positions
+from normsurgery.flow import positions
+from normsurgery.rewriting.owner import OwnerCall, Placement, rewrite_owner
 from normsurgery.spec import Source
-from normsurgery.surgery.owner import OwnerCall, Placement, rewrite_owner
 from normsurgery.survey import CallSite, Origin, Site, Span
 
 

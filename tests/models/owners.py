@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from normsurgery.surgery.owner import OwnerCall
+from normsurgery.rewriting.owner import OwnerCall
 
 C = 12
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import normsurgery as ns
-from normsurgery.verify import Evidence
+from normsurgery.verifying import Evidence
 from onnx_cases.case import Case, Sides
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import torch
 
-from normsurgery.verify.judge import judge
+from normsurgery.verifying.judge import judge
 from onnx_mutants.evaluate import Arrays, evaluate
 from onnx_mutants.faults import FAULTS, MATMULS, NORMS, Mutant, plant
 

@@ -1,0 +1,1 @@
+"""swap: what becomes of each norm, and the verb itself."""
