@@ -22,6 +22,7 @@ from normsurgery.artefacts.checkpoints import RECORD, RENAMED, SWAPPED
 from normsurgery.artefacts.loaded import MARK, SUFFIX, Kind, Loaded
 from normsurgery.artefacts.pickles import first_line
 from normsurgery.errors import UsageError
+from normsurgery.steps import FoldStep, Step
 
 
 def save(
@@ -150,7 +151,8 @@ def _hide_from_others(path: Path, plans: tuple[Any, ...]) -> None:
     word. What a fold made stands in the old norms.
     """
     steps = [step for plan in plans for step in (plan or {}).get("steps", ())]
-    sites = [(s["site"]["paths"], s["child"]) for s in steps if s["action"] != "fold"]
+    swaps = [s for s in map(Step.from_json, steps) if not isinstance(s, FoldStep)]
+    sites = [(step.site.paths, step.child) for step in swaps]
     new = tuple(
         "".join(f"{part}." for part in (path, child) if part)
         for paths, child in sites
