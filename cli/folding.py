@@ -53,6 +53,7 @@ def ready_plan(
     from normsurgery.artefacts.saving import check_folder
     from normsurgery.plan import Plan
     from normsurgery.spec import canonical
+    from normsurgery.steps import FoldStep
 
     if save_plan is not None:
         check_folder(save_plan)
@@ -63,7 +64,7 @@ def ready_plan(
     if any(selection.values()):
         raise UsageError("a plan is complete: leave out --kind, --only and --exclude.")
     made = Plan.load(file)
-    if any(step.action != "fold" for step in made.steps):
+    if any(not isinstance(step, FoldStep) for step in made.steps):
         raise UsageError(f"{file} is a plan of swaps: carry it out with `normsurgery swap --plan`.")
     return made
 

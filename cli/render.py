@@ -11,8 +11,9 @@ from . import render_graph
 from .tables import table
 
 if TYPE_CHECKING:
-    from normsurgery.plan import Plan, Step
+    from normsurgery.plan import Plan
     from normsurgery.report import Report
+    from normsurgery.steps import Step
     from normsurgery.surgery.keymap import KeyMap
     from normsurgery.survey import Site, Skip, Survey
     from normsurgery.verify import Comparison, Drift, Evidence

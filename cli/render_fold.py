@@ -15,8 +15,9 @@ from .render import NOT_SELECTED, WHOLE_MODEL, evidence, notes, print_json, tens
 from .tables import table
 
 if TYPE_CHECKING:
-    from normsurgery.plan import Plan, Step
+    from normsurgery.plan import MeasuredCall, Plan
     from normsurgery.report import Report
+    from normsurgery.steps import Step
     from normsurgery.survey import Skip
 
 Row = tuple[str, ...]
@@ -25,7 +26,7 @@ NAMES = 4  # as many weights as are named where a norm goes into more
 AFFINE = "affine"
 NUMBER = re.compile(r"\d+")
 QUOTES = "'\""
-PARAMETER = re.compile(rf"\b(\w+)=(True|[{QUOTES}]\w+[{QUOTES}])")
+PARAMETER = re.compile(rf"\b(untie|rmsnorm|prune|eval|pad)=(True|[{QUOTES}]\w+[{QUOTES}])")
 
 
 def plan(made: Plan, as_json: bool) -> None:
@@ -66,6 +67,19 @@ def _decisions(made: Plan) -> None:
         table(headers, _summed(map(_step_row, made.steps)))
         _said(made.steps)
     _left_alone(made.skips)
+    if made.steps and made.calls:
+        print()
+        _measured(made.calls)
+
+
+def _measured(calls: Sequence[MeasuredCall]) -> None:
+    """On which calls the plan was made, and what else they give that is other than before."""
+    print("planned on " + ", ".join(call.name for call in calls if call.ran))
+    notes(
+        f"{call.name} also gives {', '.join(call.changed)}, which will hold other numbers"
+        for call in calls
+        if call.changed
+    )
 
 
 def _said(steps: Sequence[Step]) -> None:

@@ -97,7 +97,13 @@ def save(
     if not report.passed and not force:
         note("nothing was written: what was measured is less than what was promised (see above).")
         return ()
-    return artefacts.save(loaded, changed, report, target, force=force)
+    written = artefacts.save(loaded, changed, report, target, force=force)
+    if loaded.kind == "directory":
+        note(
+            "transformers alone (from_pretrained) brings the old norms back, untrained: load it "
+            f"with normsurgery.load({json.dumps(str(target))})."
+        )
+    return written
 
 
 def next_command(

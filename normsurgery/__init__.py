@@ -18,11 +18,12 @@ if TYPE_CHECKING:
     from normsurgery.fold.checkpoint import fold_checkpoint
     from normsurgery.fold.folding import fold
     from normsurgery.inputs import Inputs
-    from normsurgery.plan import Plan, Step
+    from normsurgery.plan import Plan
+    from normsurgery.planning import plan
     from normsurgery.report import Report
     from normsurgery.spec import Fidelity, Law, NormSpec, get, names, register
+    from normsurgery.steps import Step
     from normsurgery.surgery import rebuild, swap
-    from normsurgery.surgery.planning import plan
     from normsurgery.survey import Site, Skip, Survey
     from normsurgery.verify import Evidence, verify
     from normsurgery.verify.blaming import blame
@@ -38,7 +39,7 @@ _HOMES = {
     "Report": ("normsurgery.report", "Report"),
     "Site": ("normsurgery.survey", "Site"),
     "Skip": ("normsurgery.survey", "Skip"),
-    "Step": ("normsurgery.plan", "Step"),
+    "Step": ("normsurgery.steps", "Step"),
     "Survey": ("normsurgery.survey", "Survey"),
     "blame": ("normsurgery.verify.blaming", "blame"),
     "export": ("normsurgery.export.exporting", "export"),
@@ -48,7 +49,7 @@ _HOMES = {
     "get": ("normsurgery.spec", "get"),
     "load": ("normsurgery.artefacts", "load_directory"),
     "names": ("normsurgery.spec", "names"),
-    "plan": ("normsurgery.surgery.planning", "plan"),
+    "plan": ("normsurgery.planning", "plan"),
     "rebuild": ("normsurgery.surgery", "rebuild"),
     "register": ("normsurgery.spec", "register"),
     "swap": ("normsurgery.surgery", "swap"),

@@ -16,6 +16,10 @@ class UsageError(NormsurgeryError):
     """The call itself is wrong: an option, a combination, a name."""
 
 
+class NoOperator(NormsurgeryError):
+    """ONNX has no operator for a norm as it is spelled, with the reason."""
+
+
 class UnknownName(UsageError):
     """A name that is not in the list it must come from."""
 

@@ -1,4 +1,4 @@
-"""What shall be done to a model, decided before anything is touched: Steps, and their Plan."""
+"""What shall be done to a model, decided before anything is touched: the Plan."""
 
 from __future__ import annotations
 
@@ -8,81 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from normsurgery.errors import UsageError
-from normsurgery.fold.editjson import edit_from_json, edit_to_json
-from normsurgery.fold.edits import Edit
 from normsurgery.htmltable import html_table
 from normsurgery.jsonfiles import read_json, write_json
 from normsurgery.spec import Fidelity
-from normsurgery.survey import Site, Skip
+from normsurgery.steps import Step
+from normsurgery.survey import Skip
 
 Init = Literal["copy", "reset"]
 INITS = ("copy", "reset")
-# Rules of a fold that rebuild a layer, and its weights with it.
-BAKED, INFERENCE_FORM = "baked weight", "inference form"
-# The rule of a fold that makes one layer of several, and rewrites the forward that added them up.
-MERGED = "parallel branches"
-LAYER_RULES = frozenset({BAKED, INFERENCE_FORM})
-
-
-@dataclass(frozen=True)
-class Step:
-    """One site and what is done to it.
-
-    action: "swap" builds the new norm by a conversion. A norm swapped to its own kind changes no
-        bit: "copy" puts a copy of the very module in its place, "replay" a module that runs the
-        very operations of a formula. "fold" changes other weights by `edits`, and then builds
-        what is left of the norm by a conversion.
-    options: complete: what the conversion would choose itself is filled in.
-    fidelity: what the step promises.
-    child: for a call or a formula, the name under which its owner will hold the new norm.
-    rule: of a fold, the rule that found where the norm goes.
-    """
-
-    site: Site
-    to: str
-    options: Mapping[str, Any]
-    fidelity: Fidelity
-    action: Literal["swap", "copy", "replay", "fold"] = "swap"
-    notes: tuple[str, ...] = ()
-    child: str = ""
-    rule: str = ""
-    edits: tuple[Edit, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "site": self.site.to_json(),
-            "action": self.action,
-            "to": self.to,
-            "options": dict(self.options),
-            "fidelity": self.fidelity.name.lower(),
-            "notes": list(self.notes),
-            "child": self.child,
-            "rule": self.rule,
-            "edits": [edit_to_json(edit) for edit in self.edits],
-        }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Step:
-        return cls(
-            site=Site.from_json(data["site"]),
-            to=data["to"],
-            options=data["options"],
-            fidelity=Fidelity.parse(data["fidelity"]),
-            action=data["action"],
-            notes=tuple(data["notes"]),
-            child=data["child"],
-            rule=data.get("rule", ""),
-            edits=tuple(edit_from_json(item) for item in data.get("edits", ())),
-        )
-
-    def __str__(self) -> str:
-        options = "".join(f" {name}={value}" for name, value in self.options.items())
-        shape = "" if self.site.shape is None else f"  {list(self.site.shape)}"
-        notes = "".join(f"  ({note})" for note in self.notes)
-        return (
-            f"{self.site.label or '(the model itself)'}  {self.site.kind} -> {self.to}{options}"
-            f"{shape}  {self.fidelity.name}{notes}"
-        )
 
 
 @dataclass(frozen=True)

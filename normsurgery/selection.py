@@ -93,6 +93,7 @@ def select(
     text alone. Raises UsageError for a pattern that no site of the survey matches.
     """
     wanted = None if kind is None else canonical(kind)
+    only, exclude = _patterns(only), _patterns(exclude)
     kept = _named(sites, only) if only else set(range(len(sites)))
     kept -= _named(sites, exclude)
     return tuple(
@@ -106,15 +107,17 @@ def is_meant(
     site: Site, kind: str | None, only: Sequence[str | int], exclude: Sequence[str | int]
 ) -> bool:
     """Whether the selection takes this site, whatever else there is."""
-    only, exclude = ((p,) if isinstance(p, (str, int)) else p for p in (only, exclude))
+    only, exclude = _patterns(only), _patterns(exclude)
     named = not only or any(_matches(site, pattern) for pattern in only)
     left = any(_matches(site, pattern) for pattern in exclude)
     return named and not left and kind in (None, site.kind)
 
 
-def _named(sites: Sequence[Site], patterns: str | int | Sequence[str | int]) -> set[int]:
-    if isinstance(patterns, (str, int)):
-        patterns = (patterns,)
+def _patterns(given: str | int | Sequence[str | int]) -> Sequence[str | int]:
+    return (given,) if isinstance(given, (str, int)) else given
+
+
+def _named(sites: Sequence[Site], patterns: Sequence[str | int]) -> set[int]:
     named: set[int] = set()
     for pattern in patterns:
         found = {n for n, site in enumerate(sites) if _matches(site, pattern)}

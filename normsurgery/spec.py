@@ -100,6 +100,10 @@ class Source:
         return float(self.settings["eps"])
 
 
+# (scale, shift) per channel, either None where it is neutral; None where it is no such thing.
+ScaleAndShift = tuple["Tensor | None", "Tensor | None"] | None
+AffineOf = Callable[[Mapping[str, "Tensor"], Mapping[str, Any]], ScaleAndShift]
+
 FidelityOf = Callable[[Source, Mapping[str, Any]], Fidelity]
 
 
@@ -151,11 +155,18 @@ class Conversion:
 
 @dataclass(frozen=True)
 class Example:
-    """A module with random parameters far from 0 and 1, and inputs it accepts, for the laws."""
+    """A module with random parameters far from 0 and 1, and inputs it accepts, for the laws.
+
+    further: for an input, the named further inputs of the norm.
+    """
 
     label: str
     module: Callable[[], nn.Module]
     inputs: tuple[tuple[int, ...], ...]
+    further: Callable[[Tensor], Mapping[str, Tensor]] | None = None
+
+    def named(self, x: Tensor) -> Mapping[str, Tensor]:
+        return {} if self.further is None else self.further(x)
 
 
 @dataclass(frozen=True)
@@ -170,20 +181,56 @@ class OnnxForm:
 
 
 @dataclass(frozen=True)
+class Spelling:
+    """Functions of torch, and operators of ATen, that compute a norm.
+
+    calls: the functions; an operator by its name (`aten::native_layer_norm`), for all overloads.
+    read: what a call says, of its arguments by their names (those that were left out as they are by
+        default) and the shape and dtype of its input. `Reading.tensors` maps roles to the names of
+        arguments. A text instead says why this call is not known.
+    """
+
+    calls: tuple[Callable[..., Any] | str, ...]
+    read: Callable[[Mapping[str, Any], tuple[int, ...], torch.dtype], Reading | str]
+
+
+@dataclass(frozen=True)
 class NormSpec:
     """One normalization: everything the tool knows about it, in one value.
 
     formula: float64 truth, `formula(x, tensors, settings, training) -> y`, in plain torch; it never
         mutates. With `training` it uses batch statistics where the norm has any.
+        A norm with further `inputs` takes them by name.
+    inputs: the names of the further tensors that a call is given (a gate, a mask, a condition), in
+        order; the modules take them under these names.
+    update: the state after a call in training, by role: `update(x, tensors, settings)`, float64.
+    gradient: where backward is not the derivative of the formula: the float64 gradients that
+        `gradient(x, g, tensors, settings, training)` gives for the gradient g of the output, of
+        "input" and of every learned role.
     read: the Reading of one of the norm's own modules (`classes`); `Reading.tensors` maps roles to
         attribute names of that module.
     hypotheses: the Readings (without `eps`) that a hand-written module could have, given its input
         shape and its tensors' shapes by name; the proof of `find` tries each. None: never proven.
     conversions: by source kind; "*" stands for every kind that has no entry of its own.
-    as_affine: eval-mode (scale, shift) per channel as float64 tensors of shape (features,), or
-        None, and then `why_not_affine` says why.
+    affine: what it is in eval, of its float64 tensors by role and its settings: a scale and a shift
+        of shape (features,) or of one element, either None where it is neutral; None where with
+        these tensors it is no scale and shift. It is also called with vectors of ones, only to
+        learn which of the two there are and which settings it reads. Where there is no `affine`,
+        `why_not_affine` says why.
+    spellings: the functions and operators that compute it.
+    casts: the orders of casts that half precision knows, as options `cast` of the conversion to
+        itself; told apart bit for bit.
+    operator: the ONNX operator (as the newest opset calls it) that computes a Reading in eval.
+        Raises NoOperator with the reason where there is none; without it there never is.
+    centre: the role of the statistic that is subtracted from the input before anything else in
+        eval, so that it can take up a shift of the input.
+    without_mean: the norm that it is where the mean over its channels is zero already.
     tail: its weight and bias (roles of these names) come last, per channel, so that they can be
         folded into whatever reads the output.
+    bake: of a norm that acts on a weight, the weight that is used, of the tensors by role that it
+        is computed from (float64) and the settings.
+    idle: of a model, what `strip` leaves behind elsewhere in it and nothing waits for any more, and
+        what stands in its place.
     strip: the plain module that computes the same forward, for `fold`, or None.
     found_by_class: False where a module of these classes is no norm by itself (`nn.Identity`).
     """
@@ -194,7 +241,7 @@ class NormSpec:
     attach: Attach
     classes: tuple[type, ...]
     read: Callable[[nn.Module], Reading]
-    formula: Callable[[Tensor, Mapping[str, Tensor], Mapping[str, Any], bool], Tensor]
+    formula: Callable[..., Tensor]
     examples: Callable[[], tuple[Example, ...]]
     conversions: Mapping[str, Conversion]
     laws: frozenset[Law]
@@ -203,26 +250,66 @@ class NormSpec:
     hypotheses: (
         Callable[[tuple[int, ...], Mapping[str, tuple[int, ...]]], Iterator[Reading]] | None
     ) = None
-    as_affine: Callable[[nn.Module], tuple[Tensor, Tensor]] | None = None
+    affine: AffineOf | None = None
     why_not_affine: str = ""
+    inputs: tuple[str, ...] = ()
+    update: (
+        Callable[[Tensor, Mapping[str, Tensor], Mapping[str, Any]], Mapping[str, Tensor]] | None
+    ) = None
+    gradient: Callable[..., Mapping[str, Tensor]] | None = None
+    spellings: tuple[Spelling, ...] = ()
+    casts: tuple[str, ...] = ()
+    operator: Callable[[Reading], str] | None = None
+    centre: str = ""
+    without_mean: str = ""
     tail: bool = False
+    bake: Callable[[Mapping[str, Tensor], Mapping[str, Any]], Tensor] | None = None
+    idle: Callable[[nn.Module], list[tuple[nn.Module, nn.Module]]] | None = None
     strip: Callable[[nn.Module], nn.Module] | None = None
     random: bool = False
     found_by_class: bool = True
     owner: str = "normsurgery"
 
-    def reference(self, module: nn.Module, x: Tensor) -> Tensor:
+    def reference(self, module: nn.Module, x: Tensor, **inputs: Tensor) -> Tensor:
         """The float64 output the module should have for `x`, by the formula alone."""
+        tensors, settings = self.values(module)
+        further = {name: tensor.double() for name, tensor in inputs.items()}
+        return self.formula(x.double(), tensors, settings, module.training, **further)
+
+    def values(self, module: nn.Module) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+        """The float64 tensors of one of its own modules by role, and its settings."""
         reading = self.read(module)
         tensors = {
             role: tensor.detach().double()
             for role, name in reading.tensors.items()
             if (tensor := _attribute(module, name)) is not None
         }
-        return self.formula(x.double(), tensors, reading.settings, module.training)
+        return tensors, reading.settings
+
+    def scale_and_shift(
+        self, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]
+    ) -> ScaleAndShift:
+        """What it is in eval, else what comes last in it; None where that is neither."""
+        whole = None if self.affine is None else self.affine(tensors, settings)
+        if whole is None and self.tail:
+            return weight_and_bias(tensors, settings)
+        return whole
 
     def conversion(self, kind: str) -> Conversion | None:
+        """None where there is none, or where the other is given what this cannot take."""
+        if kind in _registry.specs and not set(_registry.specs[kind].inputs) <= set(self.inputs):
+            return None
         return self.conversions.get(kind, self.conversions.get("*"))
+
+
+def weight_and_bias(
+    tensors: Mapping[str, Tensor], settings: Mapping[str, Any]
+) -> tuple[Tensor | None, Tensor | None]:
+    """`weight + weight_offset` and `bias`, each None where there is no such tensor."""
+    weight = tensors.get("weight")
+    if weight is not None:
+        weight = weight + settings.get("weight_offset", 0.0)
+    return weight, tensors.get("bias")
 
 
 def _attribute(module: nn.Module, dotted: str) -> Any:

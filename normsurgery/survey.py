@@ -6,9 +6,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from html import escape
+from pathlib import Path
 from typing import Any, Literal
 
+from normsurgery.errors import UsageError
 from normsurgery.htmltable import html_table
+from normsurgery.jsonfiles import read_json, write_json
 
 Form = Literal["module", "call", "formula"]
 FoundBy = Literal["type", "graph", "run", "proof"]
@@ -180,6 +183,22 @@ class Survey:
             )
         for skip in self.skips:
             yield skip.path or "(the model itself)", skip.kind, "", "", f"skipped: {skip.reason}"
+
+    def save(self, path: str | Path) -> None:
+        """Write the survey as JSON, whole or not at all."""
+        write_json(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Survey:
+        """Read a survey from a JSON file. Raises UsageError where it holds none."""
+        data = read_json(path, "a survey")
+        try:
+            return cls.from_json(data)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UsageError(
+                f"{path} is not a survey: {type(error).__name__}: {error}. "
+                "Make one with find(...).save(path)."
+            ) from error
 
     def to_json(self) -> dict[str, Any]:
         return {

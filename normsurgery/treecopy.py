@@ -56,7 +56,9 @@ def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
             seen.add(id(value))
             yield value
         return
-    if isinstance(value, (Mapping, list, tuple, set)):
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return  # most attributes are; whether something is a Mapping takes long to ask
+    if isinstance(value, (dict, list, tuple, set, Mapping)):
         if id(value) in seen:
             return
         seen.add(id(value))

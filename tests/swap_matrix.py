@@ -44,6 +44,7 @@ REASONS = {
     "batch norm of unknown rank": "torch has one class each",
     "cannot rewrite": "its forward cannot be rewritten",
     "read elsewhere": "so it would not compute with a replacement",
+    "no conversion": "there is no conversion from",
     "read attribute missing": "and the replacement has no",
 }
 

@@ -38,8 +38,9 @@ from normsurgery.fold.checkpoint.lazy import Lazy, Source
 from normsurgery.fold.checkpoint.pieces import Composite, NotPlacement
 from normsurgery.fold.edits import AddProduct, Centre, Copy, Create, Edit, Fill, Scale, Vector
 from normsurgery.fold.ground import Choices
-from normsurgery.plan import Plan, Step
+from normsurgery.plan import Plan
 from normsurgery.spec import Fidelity
+from normsurgery.steps import Fold
 from normsurgery.survey import Site
 from normsurgery.verify import judge
 
@@ -220,7 +221,7 @@ def rename_keys(directory: Path, change: Callable[[str], str]) -> None:
 def plan_of(edits: Sequence[Edit]) -> Plan:
     """A plan whose only step holds these edits."""
     site = Site(0, "rmsnorm", ("norm",), "module", "RMSNorm", {}, {"eps": 1e-6})
-    step = Step(site, "rmsnorm", {"affine": False}, Fidelity.EVAL, "fold", edits=tuple(edits))
+    step = Fold(site, "rmsnorm", {"affine": False}, Fidelity.EVAL, edits=tuple(edits))
     return Plan("test", (step,))
 
 

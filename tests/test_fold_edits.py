@@ -40,12 +40,11 @@ from normsurgery.fold.edits import (
 )
 from normsurgery.fold.running import run
 from normsurgery.fold.vectors import values
-from normsurgery.fold.weight_formulas import standardization_settings
 from normsurgery.graph import record
 from normsurgery.graph.operations import as_data
 from normsurgery.inputs import Inputs
 from normsurgery.norms.examples import randomised
-from normsurgery.norms.weightstandardization import WeightStandardization
+from normsurgery.norms.weightstandardization import WeightStandardization, standardization_settings
 
 BOUND = 1e-10
 
@@ -86,7 +85,8 @@ def norm_vectors(norm: nn.Module) -> tuple[dict[str, Tensor], Vector, Vector]:
     tensors = {f"norm.{role}": getattr(norm, role).detach() for role in roles}
     names = {role: f"norm.{role}" for role in roles}
     given = {"eps": norm.eps, "features": norm.num_features}
-    return tensors, Vector("scale", names, given), Vector("shift", names, given)
+    parts = (Vector(part, names, given, kind="batchnorm") for part in ("scale", "shift"))
+    return tensors, *parts
 
 
 # What each Edit does, against torch's modules
@@ -309,8 +309,8 @@ def test_one_number_for_all_channels_is_spread() -> None:
 def test_a_norm_without_a_mean_or_a_weight_has_the_rest_of_its_statistics() -> None:
     tensors = {"running_var": random(3).abs(), "bias": random(3, seed=2)}
     names = {role: role for role in tensors}
-    by = values(Vector("scale", names, {"eps": 0.1}), tensors)
-    added = values(Vector("shift", names, {"eps": 0.1}), tensors)
+    by = values(Vector("scale", names, {"eps": 0.1}, kind="batchnorm"), tensors)
+    added = values(Vector("shift", names, {"eps": 0.1}, kind="batchnorm"), tensors)
     x = random(5, 3, seed=3)
     zero = torch.zeros(3, dtype=torch.float64)
     wanted = F.batch_norm(x, zero, tensors["running_var"], None, tensors["bias"], eps=0.1)
@@ -335,10 +335,10 @@ class Formula(nn.Module):
 def test_recorded_operations_are_run_in_float64(last: bool) -> None:
     module = randomised(Formula(last))
     shape = (2, 5, 3) if last else (2, 3, 4, 5)
-    recording = record(module, Inputs((torch.randn(shape),)))
-    start = next(i for i, value in enumerate(recording.values) if value.name == "input 0")
+    flow = record(module, Inputs((torch.randn(shape),)))
+    (start,) = flow.graph.find_nodes(op="placeholder")
     roles = {"weight": "weight", "bias": "bias", "var": "var"}
-    operations = as_data(recording, recording.ops, start, roles)
+    operations = as_data(flow.operations, start, roles)
     assert operations is not None
     given = {"features": 3, "channel_axis": -1 if last else 1, "shape": list(shape)}
     tensors = {name: tensor.detach().double() for name, tensor in module.state_dict().items()}
@@ -586,6 +586,7 @@ def anything() -> st.SearchStrategy[Edit]:
         operations,
         st.none() | indices(),
         st.floats(allow_nan=False),
+        st.text(),
     )
     maybe, places = st.none() | by, st.lists(st.integers(), max_size=3).map(tuple)
     more: dict[Any, dict[str, st.SearchStrategy[Any]]] = {

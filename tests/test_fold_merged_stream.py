@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models.merged_streams import CASES, Unrewritable, row
+from models.merged_streams import CASES, Asks, row
 from torch import Tensor, nn
 
 import normsurgery as ns
@@ -101,20 +101,22 @@ def test_the_merged_layer_is_centred_and_not_its_branches() -> None:
     folded, report = ns.fold(model, inputs=(x,), verify=False, **options)
     edits = [edit for step in report.plan.steps for edit in step.edits]
     centred = [edit.target for edit in edits if isinstance(edit, Centre)]
-    assert sorted(centred) == ["emb.bias", "emb.weight", "mlp.merged_0.bias", "mlp.merged_0.weight"]
-    merged = folded.get_submodule("mlp.merged_0")
+    assert sorted(centred) == ["emb.bias", "emb.weight", "mlp.p2.bias", "mlp.p2.weight"]
+    merged = folded.get_submodule("mlp.p2")
     assert isinstance(merged, nn.Linear)
     assert merged.weight.mean(0).abs().max() < 1e-12
     assert merged.bias.mean().abs() < 1e-12
 
 
-@pytest.mark.parametrize("name", ["kernels of one size", "kernels of two sizes"])
-def test_the_merged_layer_pads_no_more(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "stays"), [("kernels of one size", "1.b.0"), ("kernels of two sizes", "1.a.0")]
+)
+def test_the_merged_layer_pads_no_more(name: str, stays: str) -> None:
     model, x, options = made(name)
     folded, report = ns.fold(model, inputs=(x,), verify=False, **options)
     step = next(s for s in report.plan.steps if s.site.label == "1.n")
-    assert step.options["unpadded"] == ["1.merged_0"]
-    merged = folded.get_submodule("1.merged_0")
+    assert step.options["unpadded"] == [stays]
+    merged = folded.get_submodule(stays)
     assert isinstance(merged, nn.Conv2d) and merged.padding == (0, 0)
     assert isinstance(folded.get_submodule("1.n"), ChannelPad)
 
@@ -139,8 +141,8 @@ def test_a_channel_without_a_scale_has_nothing_to_pad_with() -> None:
 
 
 def test_a_plan_with_a_merge_that_is_impossible_is_refused() -> None:
-    model, x, options = made("kernels of two sizes")
+    model, x, options = made("kernels of one size")
     _, report = ns.fold(model, inputs=(x,), verify=False, **options)
-    other = randomised(row(Unrewritable(1, nn.BatchNorm2d(4))).double().eval())
+    other = randomised(row(Asks(3, nn.BatchNorm2d(4))).double().eval())
     with pytest.raises(NormsurgeryError):
         ns.fold(other, plan=report.plan, inputs=(x,))

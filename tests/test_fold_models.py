@@ -25,8 +25,9 @@ from normsurgery.fold.edits import Scale
 from normsurgery.fold.ground import Choices
 from normsurgery.fold.planning import plan_fold
 from normsurgery.inputs import as_inputs
-from normsurgery.plan import Plan, Step
+from normsurgery.plan import Plan
 from normsurgery.precision import float64_copy
+from normsurgery.steps import Step
 from normsurgery.verify.runners import run_float64, run_native, use_plain_experts
 
 UNTIE = {"untie": True}

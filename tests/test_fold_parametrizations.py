@@ -20,9 +20,9 @@ from normsurgery.fold.running import run
 from normsurgery.norms.examples import randomised
 from normsurgery.norms.neuronwise import NeuronwiseConv2d, NeuronwiseLinear
 from normsurgery.norms.weightstandardization import WeightStandardization
-from normsurgery.plan import Step
 from normsurgery.precision import float64_copy, lifted
 from normsurgery.spec import Fidelity
+from normsurgery.steps import BakeWeight, Step
 from normsurgery.survey import Survey
 from normsurgery.treecopy import tree_copy
 
@@ -473,7 +473,7 @@ def test_an_edit_with_another_eps_is_another_weight() -> None:
     assert isinstance(bake, Bake)
     wrong = Bake(bake.target, bake.kind, bake.tensors, {**bake.settings, "eps": 1e-3})
     plain = tree_copy(model, clone=True)
-    apply_baked(plain, Step(step.site, "identity", {}, step.fidelity, "fold", edits=(wrong,)))
+    apply_baked(plain, BakeWeight(step.site, "identity", {}, step.fidelity, edits=(wrong,)))
     assert error(model, plain, IMAGE) > 1e-9
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -373,3 +374,26 @@ def test_a_head_on_two_levels_needs_no_copy() -> None:
     edited = {edit.target for step in report.plan.steps for edit in step.edits}
     assert {"same.weight", "same.bias"} <= edited
     assert not any(name.startswith("same_2") for name in edited)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_the_model_knows_that_its_head_is_tied_no_more(inplace: bool) -> None:
+    """`tie_weights` and `from_pretrained` tie again what the configuration says is tied."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    config = hf.LlamaConfig(**sizes, num_attention_heads=4, vocab_size=97, tie_word_embeddings=True)
+    model = randomised(hf.LlamaForCausalLM(config).double().eval(), 0)
+    given = {"input_ids": torch.randint(0, 97, (2, 8)), "use_cache": False}
+    with torch.no_grad():
+        folded, report = ns.fold(model, inputs=given, untie=True, inplace=inplace)
+        assert report.passed
+        right = folded(**given).logits
+        assert not folded.config.tie_word_embeddings and not folded.model.config.tie_word_embeddings
+        folded.tie_weights()
+        assert torch.equal(folded(**given).logits, right)
+        other = hf.LlamaForCausalLM(folded.config).double().eval()
+        assert other.lm_head.weight is not other.model.embed_tokens.weight
+    if inplace:
+        report.undo()
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert config.tie_word_embeddings and model.config.tie_word_embeddings
+    assert model.all_tied_weights_keys == {"lm_head.weight": "model.embed_tokens.weight"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -31,6 +33,73 @@ class Helper(nn.Module):
 
     def norm(self, x: Tensor) -> Tensor:
         return F.batch_norm(x, self.m, self.v, self.w, self.b)
+
+
+class BatchNormAct(nn.BatchNorm2d):
+    """As timm writes it: torch's own function in a subclass, and an activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check_input_dim(x)
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        tracked = not self.training or self.track_running_stats
+        x = F.batch_norm(
+            x,
+            self.running_mean if tracked else None,
+            self.running_var if tracked else None,
+            self.weight,
+            self.bias,
+            self.training,
+            self.momentum,
+            self.eps,
+        )
+        return x.relu()
+
+
+class SuperAct(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(super().forward(x))
+
+
+def by_function(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+    statistics = (norm.running_mean, norm.running_var)
+    return F.batch_norm(x, *statistics, norm.weight, norm.bias, norm.training, 0.1, norm.eps)
+
+
+class HelperAct(nn.BatchNorm2d):
+    """A function outside the class that is handed the module, in a method of its own."""
+
+    def normed(self, x: Tensor) -> Tensor:
+        return by_function(x, self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.normed(x).relu()
+
+
+@pytest.mark.parametrize("cls", [BatchNormAct, SuperAct, HelperAct])
+def test_a_norm_in_a_subclass_of_a_norm_is_swapped_and_folded(cls: type[nn.Module]) -> None:
+    """Left a BatchNorm2d without statistics, it would crash whoever finds norms by class."""
+    model = nn.Sequential(nn.Conv2d(C, C, 1), cls(C)).double()
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data.uniform_(0.5, 1.5)
+    model.eval()
+    x = images(4)
+    swapped, report = ns.swap(model, "groupnorm", inputs=(x,))
+    assert report.passed and "norm_0.weight" in swapped[1].state_dict()
+    affine, _ = ns.swap(model, "affine", inputs=(x,))
+    folded, _ = ns.fold(model, inputs=(x,))
+    for same in (affine, folded):
+        assert float((same(x) - model(x)).detach().abs().max()) < BOUND
+    for changed in (swapped, affine, folded):
+        assert not isinstance(changed[1], nn.BatchNorm2d)
+        nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(changed))(x)
+        torch.optim.swa_utils.update_bn([x], changed)
+    again, _ = ns.swap(model, "batchnorm", inputs=(x,))
+    for trained in (again, model):
+        trained.train()(3 * x)
+        trained.eval()
+    assert float((again(x) - model(x)).detach().abs().max()) < BOUND
 
 
 class TwoPlaces(Helper):

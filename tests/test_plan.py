@@ -12,9 +12,10 @@ from models.traps import Convolutional, Parts, ReadsWeight, Tied, nothing_neutra
 from torch import nn
 
 from normsurgery.errors import CannotConvert, PromiseBroken, UnknownName, UsageError
-from normsurgery.plan import Plan, Step
+from normsurgery.plan import Plan
 from normsurgery.selection import Rule, parse_options
 from normsurgery.spec import Fidelity
+from normsurgery.steps import Step
 from normsurgery.surgery.planning import plan
 
 SHAPES = {"norm1": (2, 8, 8, 8), "block.1": (2, 16, 8, 8)}

@@ -6,8 +6,9 @@ from torch import Tensor, nn
 
 from normsurgery.errors import CannotTrace
 from normsurgery.inputs import Inputs
-from normsurgery.plan import Plan, Step
+from normsurgery.plan import Plan
 from normsurgery.spec import Fidelity
+from normsurgery.steps import Swap
 from normsurgery.survey import Site
 from normsurgery.treecopy import tree_copy
 from normsurgery.verify import measure
@@ -91,7 +92,7 @@ def plan_of(**promises: Fidelity) -> Plan:
     for index, (path, promise) in enumerate(promises.items()):
         kind = {"batch": "batchnorm"}.get(path, "layernorm")
         site = Site(index, kind, (path,), "module", "Norm", {}, {"eps": 1e-5})
-        steps.append(Step(site, "affine", {}, promise))
+        steps.append(Swap(site, "affine", {}, promise))
     return Plan("Net", tuple(steps))
 
 

@@ -30,7 +30,6 @@ ROOT = Path(__file__).parents[1]
         ("GN", "groupnorm"),
         ("group", "groupnorm"),
         ("bn", "batchnorm"),
-        ("SyncBatchNorm", "batchnorm"),
         ("LayerNorm2d", "layernorm2d"),
         ("layernorm-chw", "layernorm_chw"),
         ("EvoNorm_S0", "evonorm-s0"),

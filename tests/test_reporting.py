@@ -19,13 +19,14 @@ import normsurgery as ns
 from normsurgery.errors import UsageError
 from normsurgery.export.facts import Canonical, EpsFact, OnnxFacts
 from normsurgery.fold.speed import Latency, Speed
-from normsurgery.plan import Plan, Step
+from normsurgery.plan import Plan
 from normsurgery.report import Report
 from normsurgery.reporting import content, schema, write_report
 from normsurgery.reporting.html import page
 from normsurgery.reporting.markdown import markdown
 from normsurgery.reporting.plot import points
 from normsurgery.reporting.written import eps_line
+from normsurgery.steps import TYPES, Step
 from normsurgery.surgery.keymap import KeyMap
 from normsurgery.survey import Site, Skip
 from normsurgery.verify.evidence import Comparison, Drift, Evidence, LeftOut
@@ -37,7 +38,11 @@ DATACLASSES = (
     EpsFact, Canonical, Plan, Step, Site, Skip, KeyMap, Speed, Latency,
 )  # fmt: skip
 # Derived values that the JSON tells as well, and fields that stand elsewhere in it.
-DERIVED = {"Evidence": {"passed", "failures"}, "Latency": {"ratio", "control"}}
+DERIVED = {
+    "Evidence": {"passed", "failures"},
+    "Latency": {"ratio", "control"},
+    "Step": {"type"} | {field.name for kind in TYPES.values() for field in fields(kind)},
+}
 ELSEWHERE = {"KeyMap": {"plan"}}
 
 

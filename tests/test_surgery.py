@@ -278,10 +278,10 @@ def test_a_hook_of_the_old_module_itself_stays_behind() -> None:
             self.calls += 1
 
     model = nn.Sequential(WatchesItself())
-    assert not swapped(model, "rmsnorm").model[0]._forward_hooks
-    copied = swapped(model, "layernorm").model
-    copied(*TOKENS)
-    assert (copied[0].calls, model[0].calls) == (1, 0)
+    for to in ("rmsnorm", "layernorm"):
+        changed = swapped(model, to).model
+        changed(*TOKENS)
+        assert not changed[0]._forward_hooks and model[0].calls == 0
 
 
 class CallsLayerNorm(nn.Module):
@@ -622,6 +622,86 @@ def test_an_instance_level_forward_is_a_skip() -> None:
     assert "plain" not in [step.site.path for step in made.steps]
     reasons = {skip.path: skip.reason for skip in made.skips}
     assert reasons["plain"]
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return x * self.norm.weight
+
+
+class BySuper(Scaled):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().scaled(self.norm(x))
+
+
+def decorated(function: Any) -> Any:
+    """Without functools.wraps: only its closure tells of what it runs."""
+
+    def run(self: nn.Module, x: Tensor) -> Any:
+        return function(self, x)
+
+    return run
+
+
+class ByDecorator(Scaled):
+    @decorated
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.norm
+        return layer(x) * layer.bias
+
+
+@pytest.mark.parametrize(
+    ("cls", "read"), [(BySuper, "self.norm.weight"), (ByDecorator, "self.norm.bias")]
+)
+def test_a_read_is_seen_through_super_and_a_decorator(cls: type[nn.Module], read: str) -> None:
+    """The forward would go on with the old norm's tensors, or fail on a new one without them."""
+    with pytest.raises(UsageError, match=f"reads {read}"):
+        plan(ns.find(cls(), TOKENS), cls(), "identity")
+
+
+class RootMeanSquare(nn.Module):
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(features) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+class Standardized(RootMeanSquare):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x - x.mean(-1, keepdim=True)
+        return super().forward(x)
+
+
+class WholeTensor(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - x.mean()) / (x.var(unbiased=False) + 1e-5).sqrt()
+
+
+SHAPES = [(1,), (1, 1), (2, 1), (0, 1), (1, 1, 1), (2, 0, 1), (2,), (0, 2)]
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, ()], ids=str)
+def test_degenerate_shapes_are_found_and_swapped_or_refused(shape: tuple[int, ...]) -> None:
+    """One feature, one element, none, a scalar: a proof must not divide by their number or take
+    an axis that is not there."""
+    models: list[nn.Module] = [WholeTensor()]
+    if shape:
+        norms = (RootMeanSquare, Standardized, nn.LayerNorm, nn.RMSNorm)
+        models += [nn.Sequential(norm(shape[-1]), nn.Identity()) for norm in norms]
+    for model in models:
+        x = torch.randn(shape)
+        ns.find(model.eval(), (x,))
+        for to in ("layernorm", "rmsnorm", "groupnorm", "batchnorm", "identity"):
+            try:
+                ns.swap(model, to, inputs=(x,))
+            except ns.NormsurgeryError as refusal:
+                assert str(refusal).endswith(".")
 
 
 # Calibration and the report

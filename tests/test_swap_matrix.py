@@ -66,6 +66,12 @@ def of_a_weight(model: nn.Module, site: ns.Site, target: str) -> bool:
     return site.attach == "weight"
 
 
+def given_or_asked_for_more(model: nn.Module, site: ns.Site, target: str) -> bool:
+    """One of the two takes a further input (a gate) that the other is not given."""
+    kinds = (site.kind, target)
+    return any(ns.get(kind).inputs for kind in kinds) and site.kind != target
+
+
 CONFIRMED_BY: dict[str, Predicate] = {
     "few elements": few_elements,
     "mixes positions": mixes_positions,
@@ -73,6 +79,7 @@ CONFIRMED_BY: dict[str, Predicate] = {
     "read elsewhere": read_by_a_parent,
     "read attribute missing": read_by_a_parent,
     "a weight's norm": of_a_weight,
+    "no conversion": given_or_asked_for_more,
 }
 DECIDED_BY_SHAPE = ("few elements", "mixes positions")
 

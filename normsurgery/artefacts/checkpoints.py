@@ -16,6 +16,8 @@ from normsurgery.errors import CannotRead
 
 RECORD = "normsurgery.json"  # beside config.json: the swaps to make again on load
 CONFIG_KEY = "normsurgery"  # in config.json: the same, written by the model's own save_pretrained
+# Before the architecture, and before the names of the new norms' tensors, of a swapped directory.
+SWAPPED, RENAMED = "Normsurgery", "normsurgery."
 _CURE = "The swaps recorded beside the weights are not those they were saved with: swap again."
 
 
@@ -87,7 +89,7 @@ def _class_of(path: Path, config: dict[str, Any]) -> tuple[Any, Any]:
         raise CannotRead(
             f"{path}: holds an adapter. Merge it into its model first, then save that."
         )
-    names = config.get("architectures") or []
+    names = [name.removeprefix(SWAPPED) for name in config.get("architectures") or []]
     cls = getattr(transformers, names[0], None) if names else transformers.AutoModel
     if cls is None or ("auto_map" in config and config.get("model_type") not in _model_types()):
         raise CannotRead(
@@ -167,7 +169,7 @@ def _read_shards(path: Path) -> dict[str, Any]:
 
     tensors: dict[str, Any] = {}
     for file in sorted(path.glob("*.safetensors")):
-        tensors.update(load_file(file))
+        tensors.update((n.removeprefix(RENAMED), t) for n, t in load_file(file).items())
     if not tensors:
         raise CannotRead(f"{path}: holds no .safetensors file.")
     return tensors

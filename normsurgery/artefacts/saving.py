@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from normsurgery import __version__
-from normsurgery.artefacts.checkpoints import RECORD
+from normsurgery.artefacts.checkpoints import RECORD, RENAMED, SWAPPED
 from normsurgery.artefacts.loaded import MARK, SUFFIX, Kind, Loaded
 from normsurgery.artefacts.pickles import first_line
 from normsurgery.errors import UsageError
@@ -137,8 +138,43 @@ def _write_directory(loaded: Loaded, model: Any, plans: tuple[Any, ...], path: P
             shutil.copy2(file, path / file.name)
     # The file's keys are then the model's own, which the rebuilt model loads without any mapping.
     model.save_pretrained(path, save_original_format=False)
+    _hide_from_others(path, plans)
     record = {MARK: __version__, "plan": list(plans)}
     (path / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _hide_from_others(path: Path, plans: tuple[Any, ...]) -> None:
+    """Give the new norms' tensors, and the architecture, names that no other reader knows.
+
+    It would load them into the old norms, which often have the same names and shapes, without a
+    word. What a fold made stands in the old norms.
+    """
+    steps = [step for plan in plans for step in (plan or {}).get("steps", ())]
+    sites = [(s["site"]["paths"], s["child"]) for s in steps if s["action"] != "fold"]
+    new = tuple(
+        "".join(f"{part}." for part in (path, child) if part)
+        for paths, child in sites
+        for path in paths
+    )
+    if not new:
+        return
+    for file in path.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata()
+        tensors = {_renamed(name, new): tensor for name, tensor in load_file(file).items()}
+        save_file(tensors, file, metadata=metadata)
+    for file in path.glob("*.safetensors.index.json"):
+        index = json.loads(file.read_text(encoding="utf-8"))
+        index["weight_map"] = {_renamed(n, new): part for n, part in index["weight_map"].items()}
+        file.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    config = path / "config.json"
+    content = json.loads(config.read_text(encoding="utf-8"))
+    content["architectures"] = [SWAPPED + name for name in content.get("architectures") or ()]
+    config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _renamed(name: str, new: tuple[str, ...]) -> str:
+    return f"{RENAMED}{name}" if name.startswith(new) else name
 
 
 def _is_rewritten_file(name: str) -> bool:

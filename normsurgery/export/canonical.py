@@ -10,17 +10,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from normsurgery.errors import CannotRewrite, NormsurgeryError
+from normsurgery.errors import CannotRewrite, NoOperator, NormsurgeryError
 from normsurgery.export.cast_first import CastFirstRMSNorm, WideRMSNorm
 from normsurgery.export.facts import Canonical
+from normsurgery.find.casts import fitting_cast
 from normsurgery.inputs import Inputs
 from normsurgery.norms.carry import effective
-from normsurgery.norms.rmsnorm import CASTS, RMSNorm
-from normsurgery.spec import Source, get
+from normsurgery.spec import Reading, Source, get, specs
 from normsurgery.surgery.calls import recorded_calls
 from normsurgery.surgery.obstacles import obstacle
 from normsurgery.surgery.owner import Placement, rewrite_owner
@@ -35,21 +36,12 @@ from normsurgery.verify.judge import Verdict, judge
 log = logging.getLogger("normsurgery")
 
 HALF = (torch.float16, torch.bfloat16)
-# Kinds that an ONNX operator computes, as the newest opset calls it.
-OPERATORS: Mapping[str, str] = {
-    "batchnorm": "BatchNormalization",
-    "layernorm": "LayerNormalization",
-    "layernorm2d": "LayerNormalization",
-    "layernorm_chw": "GroupNormalization",
-    "groupnorm": "GroupNormalization",
-    "instancenorm": "InstanceNormalization",
-    "rmsnorm": "RMSNormalization",
-}
 # What half precision is written as, where torch has two orders of casts.
 CHOICES: Mapping[type[nn.Module], str] = {
     CastFirstRMSNorm: "normalised in float32, cast back, then times the weight, as it was",
     WideRMSNorm: "computed in float32, weight included, and cast once, as it was",
 }
+NO_CAST = {"cast": "float32_weight"}  # torch's own order: all in float32, cast once
 OWN_CLASSES = "normsurgery.norms."
 NO_OPERATOR = "ONNX has no operator for it"
 
@@ -109,10 +101,8 @@ def _change(model: nn.Module, site: Site, around: ModuleReferences) -> _Change |
     """What replaces the norm at `site`; None where it is torch's own already. Raises _Stays."""
     if site.attach != "norm":
         raise _Stays("it normalises a weight")
-    if site.kind not in OPERATORS:
-        raise _Stays(NO_OPERATOR)
+    _operator(site)
     module = module_at(model, site.path)
-    _require_operator(site)
     if site.form == "call" or (site.form == "module" and _is_own(module)):
         return None
     source = source_of(model, site)
@@ -125,19 +115,14 @@ def _change(model: nn.Module, site: Site, around: ModuleReferences) -> _Change |
 
 
 def _operator(site: Site) -> str:
-    """Of an instance norm with running statistics, in eval, it is that of a batch norm."""
-    fixed = site.kind == "instancenorm" and "running_mean" in site.parameters
-    return OPERATORS["batchnorm" if fixed else site.kind]
-
-
-def _require_operator(site: Site) -> None:
-    """Raise _Stays where no operator computes this spelling of the kind."""
-    if site.kind == "batchnorm" and "running_mean" not in site.parameters:
-        raise _Stays("it takes the statistics of the batch, in eval as well")
-    if site.settings.get("eps_outside") or site.settings.get("unbiased"):
-        raise _Stays(f"eps stands outside the root: {NO_OPERATOR}")
-    if site.kind == "rmsnorm" and site.settings["channel_axis"] != -1:
-        raise _Stays(f"over the second dimension: {NO_OPERATOR}")
+    """The operator that computes the norm. Raises _Stays where none does."""
+    known = get(site.kind).operator
+    if known is None:
+        raise _Stays(NO_OPERATOR)
+    try:
+        return known(Reading(site.parameters, site.settings))
+    except NoOperator as error:
+        raise _Stays(str(error)) from error
 
 
 def _is_own(module: nn.Module) -> bool:
@@ -147,68 +132,58 @@ def _is_own(module: nn.Module) -> bool:
         return False
     if owner.__module__.startswith("torch.nn."):
         return True
-    return owner.__module__.startswith(OWN_CLASSES) and not isinstance(module, RMSNorm)
+    return owner.__module__.startswith(OWN_CLASSES) and not _has_casts(module)
+
+
+def _has_casts(module: nn.Module) -> bool:
+    """Of a norm with orders of casts torch's own class alone is what the exporter knows."""
+    return any(known.casts and isinstance(module, known.classes) for known in specs())
 
 
 def _canonical(site: Site, source: Source) -> nn.Module:
     """Torch's own module for the site, in eval mode. Raises _Stays."""
     dtype = _input_dtype(site, source)
-    promoted = site.kind == "rmsnorm" and dtype == torch.float32  # a product with its weight is too
+    casts = bool(get(site.kind).casts)
+    promoted = casts and dtype == torch.float32  # a product with its weight is too
     if source.tensors and source.dtype != dtype and not promoted:
         raise _Stays(f"its parameters are {source.dtype} and its input is {dtype}")
-    if site.kind == "rmsnorm":
-        return _canonical_rms(site, source, dtype).eval()
-    conversion = get(site.kind).conversion(site.kind)
+    if casts and dtype in HALF:
+        return _in_half(site, source, dtype).eval()
+    if casts:  # an order of casts is nothing here, and torch's own class knows no offset
+        return _to_itself(replace(source, dtype=dtype), {"weight_offset": 0.0, **NO_CAST})
+    return _to_itself(source, {})
+
+
+def _to_itself(source: Source, options: Mapping[str, Any]) -> nn.Module:
+    conversion = get(source.kind).conversion(source.kind)
     assert conversion is not None
     try:
-        return build(conversion, source, {}, "copy").eval()
+        return build(conversion, source, options, "copy").eval()
     except NormsurgeryError as error:
         raise _Stays(str(error)) from error
 
 
-def _canonical_rms(site: Site, source: Source, dtype: torch.dtype) -> nn.Module:
-    """`torch.nn.RMSNorm`, or in half precision one with the casts where the norm has them."""
+def _in_half(site: Site, source: Source, dtype: torch.dtype) -> nn.Module:
+    """Torch's own class, or one with the casts where the norm has them."""
     sizes = list(source.settings.get("normalized_shape", [source.features]))
     weight = effective(source, "weight", sizes)
-    if dtype not in HALF:
-        plain = nn.RMSNorm(sizes, source.eps, elementwise_affine=weight is not None)
-        if weight is not None:
-            plain.weight = nn.Parameter(weight.to(dtype))
-        return plain
     cast = source.settings.get("cast") or _told_cast(_as_it_is(site, source), site, source)
     if cast == "none":
         raise _Stays(f"it squares in {_name(dtype)}, and the operator computes in float32")
-    if cast not in CASTS:
+    if cast not in get(site.kind).casts:
         raise _Stays(f"the order of its casts in {_name(dtype)} is not one that is known")
     if weight is None:
-        return nn.RMSNorm(sizes, source.eps, elementwise_affine=False)
+        return _to_itself(source, NO_CAST)
     if cast == "float32":
         return CastFirstRMSNorm(weight.to(dtype), source.eps)
     return WideRMSNorm(weight, source.eps)
 
 
 def _told_cast(old: Callable[[Tensor], Tensor], site: Site, source: Source) -> str | None:
-    """The cast order that gives the very bits of `old`, where exactly one or any fits."""
+    """The cast order that gives the very bits of `old`."""
     dtype = _input_dtype(site, source)
     x = _shaped_input(site, source).to(dtype)
-    if len(source.settings.get("normalized_shape", [0])) != 1:
-        return None
-    expected = _ran(old, x)
-    offset = float(source.settings.get("weight_offset", 0.0))
-    for cast in CASTS:
-        ours = RMSNorm(
-            source.features,
-            source.eps,
-            weight_offset=offset,
-            cast=cast,
-            elementwise_affine="weight" in source.tensors,
-        ).to(dtype)
-        if ours.weight is not None:
-            value = source.tensors["weight"].detach().reshape(-1).expand(source.features)
-            ours.weight = nn.Parameter(value.clone())
-        if torch.equal(_ran(ours, x), expected):
-            return cast
-    return None
+    return fitting_cast(_ran(old, x), x, replace(source, dtype=dtype))
 
 
 def _as_it_is(site: Site, source: Source) -> nn.Module:

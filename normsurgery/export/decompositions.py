@@ -22,7 +22,6 @@ import torch
 from onnxscript.function_libs.torch_lib.tensor_typing import TFloat
 from onnxscript.values import Opset
 
-from normsurgery.export.canonical import NO_OPERATOR, OPERATORS
 from normsurgery.export.cast_first import RMS_NORM_CAST_FIRST
 from normsurgery.export.facts import Canonical
 
@@ -50,11 +49,9 @@ def translations(opset: int) -> dict[Callable[..., Any], Translation]:
     }
 
 
-def operator_of(kind: str, opset: int, dtype: torch.dtype) -> tuple[str, str]:
-    """The ONNX operator that a norm of this kind is written as ("" for several), and why."""
-    if kind not in OPERATORS:
-        return "", NO_OPERATOR
-    operator, half, double = OPERATORS[kind], dtype == torch.bfloat16, dtype == torch.float64
+def operator_of(operator: str, opset: int, dtype: torch.dtype) -> tuple[str, str]:
+    """What a norm that this ONNX operator computes is written as ("" for several), and why."""
+    half, double = dtype == torch.bfloat16, dtype == torch.float64
     why = ""
     if operator == "RMSNormalization" and opset < RMS_OPSET:
         why = f"{operator} begins at opset {RMS_OPSET}"
@@ -89,9 +86,9 @@ def as_written(norms: Sequence[Canonical], opset: int, dtype: torch.dtype) -> tu
 
 
 def _as_written(norm: Canonical, opset: int, dtype: torch.dtype) -> Canonical:
-    if norm.operator != OPERATORS.get(norm.kind):
+    if not norm.operator:
         return norm
-    operator, why = operator_of(norm.kind, opset, dtype)
+    operator, why = operator_of(norm.operator, opset, dtype)
     return replace(norm, operator=operator, note="; ".join(filter(None, (why, norm.note))))
 
 

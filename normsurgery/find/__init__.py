@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import fx, nn
 from torch.export import ExportedProgram
 
 from normsurgery.errors import CannotTrace, UsageError
-from normsurgery.find.by_run import FUNCTIONS
+from normsurgery.find.by_run import functions
 from normsurgery.find.by_type import typed_norms
 from normsurgery.find.drafts import Drafts
 from normsurgery.find.places import layer_sites
 from normsurgery.find.reader import Ends, Reader, Tree, key_of, place_of
-from normsurgery.graph import Recording, record
-from normsurgery.graph.flow import PADDING
+from normsurgery.graph import Flow, record
 from normsurgery.inputs import Inputs, as_inputs, infer
 from normsurgery.survey import Survey, renumbered
 
 Model = nn.Module | fx.GraphModule | ExportedProgram
-WATCHED: frozenset[Callable[..., Any]] = frozenset(FUNCTIONS) | PADDING
+
+
+def watched() -> frozenset[Callable[..., Any]]:
+    """The functions whose calls are recorded whole."""
+    return functions()
 
 
 def find(
@@ -68,7 +71,7 @@ class Located:
     """
 
     survey: Survey
-    recording: Recording
+    recording: Flow
     ends: Mapping[int, Ends]
 
 
@@ -78,40 +81,40 @@ def locate(model: Model, inputs: Inputs) -> Located:
     Raises CannotTrace, UsageError as `find`.
     """
     module = model.module() if isinstance(model, ExportedProgram) else model
-    recording = record(module, inputs, watched=WATCHED)
+    recording = record(module, inputs, watched=watched())
     survey, drafts = _surveyed(model, module, [recording], inputs, ())
     ends = {site.index: drafts.ends[key] for site in survey if (key := key_of(site)) in drafts.ends}
     return Located(survey, recording, ends)
 
 
-def locate_again(located: Located, model: Model, inputs: Inputs, *, meta: bool = False) -> Located:
-    """Where the norms of a Survey stand in another run of the same model.
+def locate_again(survey: Survey, model: Model, inputs: Inputs, *, meta: bool = False) -> Located:
+    """Where the norms of a Survey stand in a run of the same model.
 
     meta: the run needs no values (see `record`). Raises CannotTrace where it does not run.
     """
     module = model.module() if isinstance(model, ExportedProgram) else model
-    recording = record(module, inputs, watched=WATCHED, meta=meta)
-    known = {site.path: site for site in located.survey if site.form == "module"}
+    recording = record(module, inputs, watched=watched(), meta=meta)
+    known = {site.path: site for site in survey if site.form == "module"}
     reader = Reader(Tree.of(module), recording, known, {})
     for _ in reader.sites():
         pass
     ends = {place_of(key): spots for key, spots in reader.ends.items()}
-    places = {site.index: place_of(key_of(site)) for site in located.survey}
+    places = {site.index: place_of(key_of(site)) for site in survey}
     found = {index: ends[place] for index, place in places.items() if place in ends}
-    return replace(located, recording=recording, ends=found)
+    return Located(survey, recording, found)
 
 
 def _surveyed(
     model: Model,
     module: nn.Module,
-    recordings: Sequence[Recording],
+    recordings: Sequence[Flow],
     inputs: Inputs | None,
     notes: Sequence[str],
 ) -> tuple[Survey, Drafts]:
     drafts = Drafts(module, tuple(typed_norms(module)))
     for recording in recordings:
         drafts.read(recording)
-    drafts.read_dormant(WATCHED)
+    drafts.read_dormant(watched())
     sites, skips = drafts.finish(ran=bool(recordings))
     label = type(model).__name__
     survey = Survey(label, renumbered(sites), tuple(skips), _spelling(inputs), tuple(notes))
@@ -131,13 +134,13 @@ def _spelling(inputs: Inputs | None) -> str | None:
     return " ".join(f"--input {text}" for text in inputs.spelling) if inputs is not None else None
 
 
-def _recordings(model: nn.Module, inputs: Inputs, notes: list[str]) -> Sequence[Recording]:
+def _recordings(model: nn.Module, inputs: Inputs, notes: list[str]) -> Sequence[Flow]:
     """The eval run, and where it works the train run, which may reach other norms."""
-    found = [record(model, inputs, watched=WATCHED)]
+    found = [record(model, inputs, watched=watched())]
     if isinstance(model, fx.GraphModule):
         return found
     try:
-        found.append(record(model, inputs, training=True, watched=WATCHED))
+        found.append(record(model, inputs, training=True, watched=watched()))
     except CannotTrace as error:
         notes.append(f"Train mode was not searched: {error}")
     return found

@@ -12,8 +12,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from normsurgery.find.events import SAME_NUMBERS, Event, schema_name
-from normsurgery.graph import Op, Recording, Ref
+from torch import fx
+
+from normsurgery.find.events import SAME_NUMBERS, Event
+from normsurgery.graph import Flow
+from normsurgery.graph.nodes import (
+    arguments,
+    frames,
+    function_call,
+    inputs_of,
+    is_constant,
+    operator,
+    outputs_of,
+    position,
+)
 
 
 @dataclass(frozen=True)
@@ -24,7 +36,7 @@ class Trace:
     rooted: a root was taken; constant: it comes from parameters alone.
     """
 
-    base: int
+    base: fx.Node
     degree: float = 1.0
     reduced: bool = False
     second: bool = False
@@ -46,7 +58,7 @@ class _Operands:
 
 # A value may be seen from several bases: what was pooled from one tensor is data for the next.
 # The oldest comes first; only the last few can still matter.
-Traces = dict[int, Trace]
+Traces = dict[fx.Node, Trace]
 _KEPT = 8
 
 
@@ -59,29 +71,29 @@ _KEEPS_DEGREE = frozenset(
 )
 
 
-def events(recording: Recording) -> Iterator[Event]:
+def events(flow: Flow) -> Iterator[Event]:
     """Every formula outside the calls of known functions, in the order it ran."""
-    traces: dict[int, Traces] = {}
-    for op in recording.ops:
-        if not op.outputs:
+    traces: dict[fx.Node, Traces] = {}
+    for node in flow.operations:
+        if not outputs_of(node):
             continue
-        readings = list(_readings(recording, traces, op))
-        event = None if op.call is not None else _event(recording, op, readings)
+        readings = list(_readings(traces, node))
+        event = None if function_call(node) is not None else _event(node, readings)
         if event is not None:
             yield event
-        for position, output in enumerate(op.outputs):
-            derived = [] if event is not None else [_derive(op, r, position) for r in readings]
+        for place, output in enumerate(outputs_of(node)):
+            derived = [] if event is not None else [_derive(node, r, place) for r in readings]
             found = {trace.base: trace for trace in derived if trace is not None}
-            if schema_name(op) not in SAME_NUMBERS or not found:
-                found[output] = Trace(output, constant=recording.values[output].constant)
-            traces[output] = dict(sorted(found.items())[-_KEPT:])
+            if operator(node) not in SAME_NUMBERS or not found:
+                found[output] = Trace(output, constant=is_constant(output))
+            traces[output] = {base: found[base] for base in sorted(found, key=position)[-_KEPT:]}
 
 
-def _readings(recording: Recording, traces: dict[int, Traces], op: Op) -> Iterator[_Operands]:
+def _readings(traces: dict[fx.Node, Traces], node: fx.Node) -> Iterator[_Operands]:
     """Every way to see the operands from one base, or from a base and a constant."""
-    numbers = [a for a in op.args if isinstance(a, (int, float)) and not isinstance(a, bool)]
+    numbers = [a for a in node.args if isinstance(a, (int, float)) and not isinstance(a, bool)]
     number = float(numbers[0]) if numbers else None
-    known = [_known(recording, traces, value) for value in op.inputs]
+    known = [_known(traces, value) for value in inputs_of(node)]
     if len(known) == 1:
         for trace in known[0].values():
             yield _Operands((trace,), number)
@@ -95,20 +107,20 @@ def _readings(recording: Recording, traces: dict[int, Traces], op: Op) -> Iterat
                 yield _Operands((a, b), number)
 
 
-def _known(recording: Recording, traces: dict[int, Traces], value: int) -> Traces:
+def _known(traces: dict[fx.Node, Traces], value: fx.Node) -> Traces:
     if value not in traces:
-        traces[value] = {value: Trace(value, constant=recording.values[value].constant)}
+        traces[value] = {value: Trace(value, constant=is_constant(value))}
     return traces[value]
 
 
-def _event(recording: Recording, op: Op, readings: list[_Operands]) -> Event | None:
+def _event(node: fx.Node, readings: list[_Operands]) -> Event | None:
     """The operation closes a normalization: unreduced by statistic, degree 0."""
-    name = schema_name(op).removesuffix("_")
+    name = operator(node)
     if name not in ("aten::mul", "aten::div"):
         return None
     sign = 1.0 if name == "aten::mul" else -1.0
-    bases: list[int] = []
-    frozen: int | None = None
+    bases: list[fx.Node] = []
+    frozen: fx.Node | None = None
     for reading in readings:
         if len(reading.traces) != 2:
             continue
@@ -116,37 +128,37 @@ def _event(recording: Recording, op: Op, readings: list[_Operands]) -> Event | N
         swapped = sign > 0 and (first.reduced or (first.constant and first.rooted))
         x, statistic = (second, first) if swapped else (first, second)
         if statistic.constant and statistic.rooted and not x.constant:
-            frozen = op.inputs[1 if swapped else 0]
+            frozen = inputs_of(node)[1 if swapped else 0]
         same = x.base == statistic.base and not x.reduced and statistic.is_statistic
         if same and x.degree + sign * statistic.degree == 0.0:
             bases.append(x.base)
-    inputs = sorted(set(bases)) or ([frozen] if frozen is not None else [])
+    inputs = sorted(set(bases), key=position) or ([frozen] if frozen is not None else [])
     if not inputs:
         return None
     return Event(
         input=inputs[0],
-        output=op.outputs[0],
-        ops=(op.index,),
-        frames=op.frames,
-        constant=recording.values[inputs[0]].constant,
+        output=outputs_of(node)[0],
+        operations=(node,),
+        frames=frames(node),
+        constant=is_constant(inputs[0]),
         frozen=not bases,
         other_inputs=tuple(inputs[1:]),
     )
 
 
-def _derive(op: Op, operands: _Operands, position: int) -> Trace | None:
-    name = schema_name(op).removesuffix("_")
+def _derive(node: fx.Node, operands: _Operands, place: int) -> Trace | None:
+    name = operator(node)
     if not operands.traces:
         return None
     first = operands.traces[0]
-    if schema_name(op) in SAME_NUMBERS or name in _KEEPS_DEGREE:
+    if name in SAME_NUMBERS or name in _KEEPS_DEGREE:
         return first
     if name in _MEANS:
         return replace(first, reduced=True, second=first.second or first.degree == 2.0)
     if name in _VARIANCES and not first.reduced:
-        return _moment(first, name, position)
+        return _moment(first, name, place)
     if name in _LENGTHS:
-        return _length(op, first)
+        return _length(node, first)
     if name in _POWERS:
         return _POWERS[name](first)
     if name == "aten::pow":
@@ -158,16 +170,17 @@ def _derive(op: Op, operands: _Operands, position: int) -> Trace | None:
     return None
 
 
-def _moment(first: Trace, name: str, position: int) -> Trace:
-    if position == 1:  # the mean that var_mean gives beside the variance
+def _moment(first: Trace, name: str, place: int) -> Trace:
+    if place == 1:  # the mean that var_mean gives beside the variance
         return replace(first, reduced=True)
     degree = first.degree * _VARIANCES[name]
     return replace(first, degree=degree, reduced=True, second=True, rooted=_VARIANCES[name] == 1.0)
 
 
-def _length(op: Op, first: Trace) -> Trace | None:
-    order = op.args[1] if len(op.args) > 1 and op.args[1] is not None else 2
-    if isinstance(order, Ref) or float(order) != 2.0:
+def _length(node: fx.Node, first: Trace) -> Trace | None:
+    given = arguments(node)
+    order = given[1] if len(given) > 1 and given[1] is not None else 2
+    if isinstance(order, fx.Node) or float(order) != 2.0:
         return None
     return replace(first, reduced=True, second=True, rooted=True)
 

@@ -10,7 +10,8 @@ from torch import fx, nn
 
 from normsurgery.find.candidates import NotProven
 from normsurgery.find.events import Event
-from normsurgery.graph import FrameRecord, Op, Recording
+from normsurgery.graph import Flow, FrameRecord
+from normsurgery.graph.nodes import frames, maker, name_of
 from normsurgery.graph.positions import (
     forward_of,
     function_name,
@@ -22,31 +23,30 @@ from normsurgery.survey import CallSite, Origin, Span
 
 
 def call_site(
-    recording: Recording,
+    flow: Flow,
     original: nn.Module,
     owner: nn.Module,
     event: Event,
-    output: int,
-    ops: tuple[Op, ...],
-    start: int,
+    output: fx.Node,
+    operations: Sequence[fx.Node],
+    start: fx.Node,
 ) -> CallSite:
-    """The CallSite of the operations `ops` that make `output` from `start` inside `owner`.
+    """The CallSite of the operations that make `output` from `start` inside `owner`.
 
     Raises NotProven where no expression of the forward has the output as its value.
     """
     if isinstance(owner, fx.GraphModule):
-        return _node_site(recording, owner, output, start)
-    frames = event.frames
-    frame = _forward_frame(original, owner, frames)
+        return _node_site(owner, output, start)
+    frame = _forward_frame(original, owner, event.frames)
     if frame is None or frame.code is None or frame.span is None:
         raise NotProven("it stands outside any forward of a module")
-    last = recording.values[output].op
-    finish = _in_frame(recording.ops[last], frame.serial) if last is not None else None
-    if finish is None or finish.span is None or not _is_value_of(recording, output, finish):
+    last = maker(output)
+    finish = _in_frame(last, frame.serial) if last is not None else None
+    if finish is None or finish.span is None or not _is_value_of(flow, output, finish):
         raise NotProven(
             "it stands inside a function that does more than normalise, outside any forward"
         )
-    spans = [_in_frame(op, frame.serial) for op in ops]
+    spans = [_in_frame(node, frame.serial) for node in operations]
     if any(found is None for found in spans):
         raise NotProven("its statements are spread over several forwards")
     function = forward_of(type(original), frame.code)
@@ -61,7 +61,7 @@ def call_site(
         function=function_name(function, type(original)),
         source_hash=hashed,
         output=finish.span,
-        input=_origin(recording, start, begin, frame.serial, function),
+        input=_origin(start, begin, frame.serial, function),
         region=tuple(dict.fromkeys(f.span for f in spans if f is not None and f.span)),
     )
 
@@ -80,22 +80,22 @@ def by_place(original: nn.Module, owner: nn.Module, events: Sequence[Event]) -> 
 
 
 def require_last_of_its_place(
-    recording: Recording, original: nn.Module, owner: nn.Module, event: Event
+    flow: Flow, original: nn.Module, owner: nn.Module, event: Event
 ) -> None:
     """Raises NotProven where a helper does more after the event, in this one of its runs."""
     frame = _forward_frame(original, owner, event.frames)
     if frame is None or event.frames[0].serial == frame.serial:
         return  # no helper: the expression is the norm's own
-    if not _is_value_of(recording, event.output, frame):
+    if not _is_value_of(flow, event.output, frame):
         raise NotProven("the method that normalises does more in some of its runs")
 
 
 def _forward_frame(
-    original: nn.Module, owner: nn.Module, frames: tuple[FrameRecord, ...]
+    original: nn.Module, owner: nn.Module, running: tuple[FrameRecord, ...]
 ) -> FrameRecord | None:
     """The outermost frame of the innermost run of the owner: what a call of it starts with."""
     found = None
-    for frame in frames:
+    for frame in running:
         if frame.module is not owner:
             break
         if frame.code is not None and _is_forward(original, frame.code):
@@ -108,31 +108,28 @@ def _is_forward(original: nn.Module, code: CodeType) -> bool:
     return code.co_name == "forward" and forward_of(type(original), code) is not None
 
 
-def _in_frame(op: Op, serial: int) -> FrameRecord | None:
-    return next((frame for frame in op.frames if frame.serial == serial), None)
+def _in_frame(node: fx.Node, serial: int) -> FrameRecord | None:
+    return next((frame for frame in frames(node) if frame.serial == serial), None)
 
 
-def _is_value_of(recording: Recording, output: int, frame: FrameRecord) -> bool:
+def _is_value_of(flow: Flow, output: fx.Node, frame: FrameRecord) -> bool:
     """The output is what the expression gives: nothing later belongs to the same expression."""
-    made_by = recording.values[output].op
-    later = recording.ops[made_by + 1 :] if made_by is not None else []
-    for op in later:
-        found = _in_frame(op, frame.serial)
+    made_by = maker(output)
+    for node in flow.after(made_by) if made_by is not None else ():
+        found = _in_frame(node, frame.serial)
         if found is not None:
             return found.span != frame.span
     return True
 
 
-def _origin(
-    recording: Recording, value: int, frame: FrameRecord, serial: int, function: FunctionType
-) -> Origin:
-    names = [name for name, bound in frame.names.items() if bound == value]
+def _origin(value: fx.Node, frame: FrameRecord, serial: int, function: FunctionType) -> Origin:
+    names = [name for name, bound in frame.names.items() if bound is value]
     # Two names of one value may be two values in another call: what is written there is meant.
     written = names_at(function, frame.span) if len(names) > 1 else ()
     name = next((n for n in names if n in written), next(iter(names), None))
-    made_by = recording.values[value].op
-    maker = _in_frame(recording.ops[made_by], serial) if made_by is not None else None
-    span: Span | None = maker.span if maker is not None else None
+    made_by = maker(value)
+    made_in = _in_frame(made_by, serial) if made_by is not None else None
+    span: Span | None = made_in.span if made_in is not None else None
     # Where a named value was made may differ from run to run (`if self.training`).
     return Origin(name, span if name is None else None)
 
@@ -144,20 +141,20 @@ def names_at(function: FunctionType, span: Span | None) -> tuple[str, ...]:
     return tuple(node.id for node in names if isinstance(node, ast.Name))
 
 
-def _node_site(recording: Recording, owner: fx.GraphModule, output: int, start: int) -> CallSite:
-    node = _node_of(recording, owner, output)
+def _node_site(owner: fx.GraphModule, output: fx.Node, start: fx.Node) -> CallSite:
+    node = _node_of(owner, output)
     if node is None:
         raise NotProven("no node of the graph has its output")
-    return CallSite("", "", None, Origin(_node_of(recording, owner, start)), (), node)
+    return CallSite("", "", None, Origin(_node_of(owner, start)), (), node)
 
 
-def _node_of(recording: Recording, owner: fx.GraphModule, value: int) -> str | None:
-    found = recording.values[value]
-    if found.op is not None:
-        op = recording.ops[found.op]
-        return next((f.node for f in op.frames if f.module is owner), None)
-    if found.name is None or not found.name.startswith("input "):
+def _node_of(owner: fx.GraphModule, value: fx.Node) -> str | None:
+    """The name of the user's node that made the value."""
+    made_by, name = maker(value), name_of(value)
+    if made_by is not None:
+        return next((f.node for f in frames(made_by) if f.module is owner), None)
+    if name is None or value.op != "placeholder":
         return None
     placeholders = [node.name for node in owner.graph.nodes if node.op == "placeholder"]
-    position = int(found.name.removeprefix("input "))
-    return placeholders[position] if position < len(placeholders) else None
+    place = int(name.removeprefix("input "))
+    return placeholders[place] if place < len(placeholders) else None

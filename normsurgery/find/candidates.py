@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from normsurgery.errors import NormsurgeryError
-from normsurgery.find.events import SAME_NUMBERS, Event, parameter_name, plain, schema_name
+from normsurgery.find.events import SAME_NUMBERS, Event, parameter_name, plain
 from normsurgery.find.proof import Proof, prove
-from normsurgery.graph import ModuleCall, Op, Recording, Ref
+from normsurgery.graph import ModuleCall
+from normsurgery.graph.calls import values_in
+from normsurgery.graph.nodes import (
+    arguments,
+    frames,
+    in_order,
+    inputs_of,
+    is_constant,
+    maker,
+    name_of,
+    operator,
+    outputs_of,
+    position,
+    shape,
+    tensor,
+    users_of,
+)
 from normsurgery.precision import float64_copy, lifted
 from normsurgery.spec import specs
 from normsurgery.treecopy import tree_copy
@@ -29,9 +46,9 @@ class NotProven(NormsurgeryError):
 class Region:
     """The operations of a formula from the value it normalises to the value it makes."""
 
-    input: int
-    output: int
-    ops: tuple[Op, ...]
+    input: fx.Node
+    output: fx.Node
+    operations: tuple[fx.Node, ...]
     proof: Proof
 
 
@@ -39,37 +56,46 @@ class Region:
 
 
 def prove_module(
-    recording: Recording,
-    module: nn.Module,
     original: nn.Module,
     calls: Sequence[ModuleCall],
     event: Event,
     cache: dict[Any, Proof | None],
 ) -> Proof | None:
-    """The norm that `module` as a whole is, judged by replaying its recorded call.
+    """The norm that the module as a whole is, judged by replaying its recorded call.
 
     Every argument that the call passed must be explained: the others are drawn anew, so that a
     gate or a scale that was passed and has an effect makes the proof fail.
     """
     call = calls[0]
-    place = _primary(recording, call, event)
-    if place is None or not isinstance(call.output, Ref):
+    place = _primary(call, event)
+    if place is None or not isinstance(call.output, fx.Node):
         return None
-    shape = recording.values[place].shape
-    if recording.values[call.output.value].shape != shape:
+    size = shape(place)
+    if shape(call.output) != size:
         return None
     tensors = _state(original)
-    key = (type(original), shape, _fingerprint(original), _form(recording, call, place))
+    key = (type(original), size, _fingerprint(original), _form(call, place))
     if key not in cache:
-        eps = _small_numbers(recording.ops[call.start : call.end], original)
-        run = _module_run(recording, original, call, place)
-        cache[key] = _try(run, _filled(shape), tensors, eps, first=_kind_of_class(original))
+        eps = _small_numbers(call.operations, original)
+        others = _others(call, place)
+        run = _module_run(original, call, place, others)
+        first = event.kind or _kind_of_class(original)
+        cache[key] = _try(
+            run,
+            _told_apart(size),
+            tensors,
+            eps,
+            first=first,
+            further=_by_argument(original, call, others),
+        )
     return cache[key]
 
 
-def _filled(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape without empty axes: a model may run a norm on no tokens at all."""
-    return tuple(size or 3 for size in shape)
+def _told_apart(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape without empty axes, since a model may run a norm on no tokens at all, and with two
+    samples at least: of one alone a batch norm by its own statistics is an instance norm."""
+    filled = tuple(size or 3 for size in sizes)
+    return (max(2, filled[0]), *filled[1:]) if len(filled) > 1 else filled
 
 
 def _kind_of_class(module: nn.Module) -> str | None:
@@ -77,31 +103,35 @@ def _kind_of_class(module: nn.Module) -> str | None:
     return next((found.name for found in specs() if isinstance(module, found.classes)), None)
 
 
-def _form(recording: Recording, call: ModuleCall, primary: int) -> str:
+def _form(call: ModuleCall, primary: fx.Node) -> str:
     """What the call passed, with a type and a shape in place of each tensor."""
 
     def one(leaf: Any) -> Any:
-        if not isinstance(leaf, Ref):
+        if not isinstance(leaf, fx.Node):
             return leaf
-        value = recording.values[leaf.value]
-        return (leaf.value == primary, value.shape, str(value.tensor.dtype))
+        return (leaf is primary, shape(leaf), str(tensor(leaf).dtype))
 
     return repr(tree_map(one, (call.args, dict(call.kwargs))))
 
 
-def _primary(recording: Recording, call: ModuleCall, event: Event) -> int | None:
-    wanted = {plain(recording, value) for value in (event.input, *event.other_inputs)}
-    for leaf in tree_leaves((call.args, call.kwargs)):
-        if isinstance(leaf, Ref) and plain(recording, leaf.value) in wanted:
-            return leaf.value
-    return None
+def _primary(call: ModuleCall, event: Event) -> fx.Node | None:
+    wanted = {plain(value) for value in (event.input, *event.other_inputs)}
+    given = values_in((call.args, call.kwargs))
+    for value in given:
+        if plain(value) in wanted:
+            return value
+    if not isinstance(call.output, fx.Node):
+        return None
+    # What it normalises may be made of several inputs: x, which comes first, and its gate.
+    alike = [value for value in given if shape(value) == shape(call.output)]
+    return alike[0] if len(alike) > 1 else None
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:
     return {
-        name: tensor
-        for name, tensor in (*module.named_parameters(), *module.named_buffers())
-        if tensor.is_floating_point()
+        name: held
+        for name, held in (*module.named_parameters(), *module.named_buffers())
+        if held.is_floating_point()
     }
 
 
@@ -119,31 +149,49 @@ def _fingerprint(module: nn.Module) -> Any:
     return (attributes, children, held, id(own) if own is not None else None)
 
 
-def _module_run(
-    recording: Recording, original: nn.Module, call: ModuleCall, primary: int
-) -> Callable[[Tensor, Mapping[str, Tensor], bool], Tensor]:
+def _others(call: ModuleCall, primary: fx.Node) -> dict[fx.Node, Tensor]:
+    """What the call was given beside the normalised value, drawn anew, by value."""
     generator = torch.Generator().manual_seed(0)
-    replaced: dict[int, Any] = {}
-    for leaf in tree_leaves((call.args, call.kwargs)):
-        if isinstance(leaf, Ref) and leaf.value != primary:
-            tensor = recording.values[leaf.value].tensor
-            replaced[leaf.value] = (
-                torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-                if tensor.is_floating_point()
-                else tensor
+    found: dict[fx.Node, Tensor] = {}
+    for value in values_in((call.args, call.kwargs)):
+        if value is not primary:
+            given = tensor(value)
+            found[value] = (
+                torch.randn(given.shape, generator=generator, dtype=torch.float64)
+                if given.is_floating_point()
+                else given
             )
+    return found
+
+
+def _by_argument(
+    module: nn.Module, call: ModuleCall, others: Mapping[fx.Node, Tensor]
+) -> dict[str, Tensor]:
+    """The other tensors under the names of the arguments that they are."""
+    names = list(inspect.signature(module.forward).parameters)
+    given = {**dict(zip(names, call.args, strict=False)), **call.kwargs}
+    return {
+        name: others[leaf]
+        for name, leaf in given.items()
+        if isinstance(leaf, fx.Node) and leaf in others
+    }
+
+
+def _module_run(
+    original: nn.Module, call: ModuleCall, primary: fx.Node, others: Mapping[fx.Node, Tensor]
+) -> Callable[[Tensor, Mapping[str, Tensor], bool], Tensor]:
     double = float64_copy(_on_cpu(original))
 
     def run(x: Tensor, values: Mapping[str, Tensor], training: bool) -> Tensor:
         def back(leaf: Any) -> Any:
-            if not isinstance(leaf, Ref):
+            if not isinstance(leaf, fx.Node):
                 return leaf
-            return x.clone() if leaf.value == primary else replaced[leaf.value]
+            return x.clone() if leaf is primary else others[leaf]
 
         double.train(training)
         with torch.no_grad(), lifted():
-            for name, tensor in _state(double).items():
-                tensor.copy_(values[name])
+            for name, held in _state(double).items():
+                held.copy_(values[name])
             output: Tensor = double(*tree_map(back, call.args), **tree_map(back, call.kwargs))
         return output
 
@@ -151,15 +199,15 @@ def _module_run(
 
 
 def _on_cpu(module: nn.Module) -> nn.Module:
-    if not any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+    if not any(held.is_meta for held in (*module.parameters(), *module.buffers())):
         return module
     return tree_copy(module).to_empty(device="cpu")
 
 
-def _small_numbers(ops: Sequence[Op], module: nn.Module | None) -> tuple[float, ...]:
+def _small_numbers(operations: Sequence[fx.Node], module: nn.Module | None) -> tuple[float, ...]:
     """Numbers in the code or on the module that an eps could be, most likely first."""
     found: list[float] = []
-    for leaf in tree_leaves([(op.args, dict(op.kwargs)) for op in ops]):
+    for leaf in tree_leaves([(node.args, node.kwargs) for node in operations]):
         if isinstance(leaf, float) and 0.0 < leaf <= _LARGEST_EPS:
             found.append(leaf)
     for value in vars(module).values() if module is not None else ():
@@ -170,14 +218,15 @@ def _small_numbers(ops: Sequence[Op], module: nn.Module | None) -> tuple[float, 
 
 def _try(
     run: Callable[[Tensor, Mapping[str, Tensor], bool], Tensor],
-    shape: tuple[int, ...],
+    size: tuple[int, ...],
     tensors: Mapping[str, Tensor],
     eps: tuple[float, ...],
     modes: tuple[bool, ...] = (False, True),
     first: str | None = None,
+    further: Mapping[str, Tensor] | None = None,
 ) -> Proof | None:
     try:
-        return prove(run, shape, tensors, eps, modes=modes, first=first)
+        return prove(run, size, tensors, eps, modes=modes, first=first, further=further)
     except Exception:  # the user's code, run on inputs it was not written for, may raise anything
         return None
 
@@ -185,18 +234,16 @@ def _try(
 # --- expressions in a forward -------------------------------------------------------------------
 
 
-def prove_region(
-    recording: Recording, event: Event, readers: Mapping[int, list[Op]], module: nn.Module
-) -> Region:
+def prove_region(event: Event, module: nn.Module) -> Region:
     """The longest stretch of operations around the event that is a registered norm.
 
     Raises NotProven with the reason where there is none.
     """
     reason = "no registered norm has this formula"
-    for start in _starts(recording, event, readers):
-        for output in reversed(_outputs(recording, event, readers)):
+    for start in _starts(event):
+        for output in reversed(_outputs(event)):
             try:
-                region = _region(recording, start, output, module)
+                region = _region(start, output, module)
             except NotProven as error:
                 reason = str(error)
                 continue
@@ -205,118 +252,113 @@ def prove_region(
     raise NotProven(reason)
 
 
-def _starts(recording: Recording, event: Event, readers: Mapping[int, list[Op]]) -> list[int]:
+def _starts(event: Event) -> list[fx.Node]:
     """What may be the normalised value, earliest first: each input, then its views and casts.
 
     x comes before x - mean(x), of which a layer norm of x is an RMS norm.
     """
-    found: list[int] = []
+    found: list[fx.Node] = []
+    first = position(event.operations[0])
     for start in (event.input, *event.other_inputs):
         queue = [start]
         while queue:
             found.append(queue.pop(0))
-            for op in readers.get(found[-1], []):
-                if schema_name(op) in SAME_NUMBERS and op.outputs and op.index < event.ops[0]:
-                    queue.append(op.outputs[0])
+            for node in users_of(found[-1]):
+                if operator(node) in SAME_NUMBERS and outputs_of(node) and position(node) < first:
+                    queue.append(outputs_of(node)[0])
     return found
 
 
-def _region(recording: Recording, start: int, output: int, module: nn.Module) -> Region | None:
-    ops, tensors = _slice(recording, start, output)
-    shape = recording.values[start].shape
-    if recording.values[output].shape != shape:
+def _region(start: fx.Node, output: fx.Node, module: nn.Module) -> Region | None:
+    operations, tensors = _slice(start, output)
+    if shape(output) != shape(start):
         return None
-    run = _region_run(recording, start, output, ops)
-    proof = _try(run, shape, tensors, _small_numbers(ops, module), (False,))
-    return Region(start, output, ops, proof) if proof is not None else None
+    run = _region_run(start, output, operations)
+    proof = _try(run, shape(start), tensors, _small_numbers(operations, module), (False,))
+    return Region(start, output, operations, proof) if proof is not None else None
 
 
-def _outputs(recording: Recording, event: Event, readers: Mapping[int, list[Op]]) -> list[int]:
+def _outputs(event: Event) -> list[fx.Node]:
     """The event's output, and what scaling, shifting and casting by constants make of it."""
     chain = [event.output]
     while True:
-        reading = readers.get(chain[-1], [])
-        if len(reading) != 1 or not reading[0].outputs or not _extends(recording, reading[0]):
+        reading = users_of(chain[-1])
+        if len(reading) != 1 or not outputs_of(reading[0]) or not _extends(reading[0]):
             return chain
         if not _same_forward(reading[0], event):
             return chain
-        chain.append(reading[0].outputs[0])
+        chain.append(outputs_of(reading[0])[0])
 
 
-def _extends(recording: Recording, op: Op) -> bool:
-    name = schema_name(op).removesuffix("_")
-    if schema_name(op) in SAME_NUMBERS:
+def _extends(node: fx.Node) -> bool:
+    name = operator(node)
+    if name in SAME_NUMBERS:
         return True
-    varying = [value for value in op.inputs if not recording.values[value].constant]
+    varying = [value for value in inputs_of(node) if not is_constant(value)]
     arithmetic = name in ("aten::mul", "aten::add", "aten::sub", "aten::div", "aten::addcmul")
     return arithmetic and len(varying) == 1
 
 
-def _same_forward(op: Op, event: Event) -> bool:
-    if not op.frames or not event.frames:
-        return not op.frames and not event.frames
-    return op.frames[0].module is event.frames[0].module
+def _same_forward(node: fx.Node, event: Event) -> bool:
+    if not frames(node) or not event.frames:
+        return not frames(node) and not event.frames
+    return frames(node)[0].module is event.frames[0].module
 
 
-def _slice(
-    recording: Recording, start: int, output: int
-) -> tuple[tuple[Op, ...], dict[str, Tensor]]:
+def _slice(start: fx.Node, output: fx.Node) -> tuple[tuple[fx.Node, ...], dict[str, Tensor]]:
     """The operations between two values, and the named tensors they read."""
-    needed: dict[int, Op] = {}
+    needed: set[fx.Node] = set()
     tensors: dict[str, Tensor] = {}
     queue = [output]
     while queue:
         value = queue.pop()
-        if value == start:
+        if value is start:
             continue
-        found = recording.values[value]
-        if found.op is not None:
-            if found.op not in needed:
-                needed[found.op] = recording.ops[found.op]
-                queue.extend(recording.ops[found.op].inputs)
-        elif found.constant:
-            if found.name is not None and found.tensor.is_floating_point():
-                tensors[found.name] = found.tensor
-        else:
+        made_by, name = maker(value), name_of(value)
+        if made_by is not None:
+            if made_by not in needed:
+                needed.add(made_by)
+                queue.extend(inputs_of(made_by))
+        elif not is_constant(value):
             raise NotProven("its output depends on another input as well")
-    return tuple(needed[index] for index in sorted(needed)), tensors
+        elif name is not None and tensor(value).is_floating_point():
+            tensors[name] = tensor(value)
+    return in_order(needed), tensors
 
 
 def _region_run(
-    recording: Recording, start: int, output: int, ops: tuple[Op, ...]
+    start: fx.Node, output: fx.Node, operations: tuple[fx.Node, ...]
 ) -> Callable[[Tensor, Mapping[str, Tensor], bool], Tensor]:
     def run(x: Tensor, values: Mapping[str, Tensor], training: bool) -> Tensor:
-        known: dict[int, Tensor] = {start: x.clone()}
+        known: dict[fx.Node, Tensor] = {start: x.clone()}
 
         def back(leaf: Any) -> Any:
-            if not isinstance(leaf, Ref):
-                return leaf.cpu() if isinstance(leaf, Tensor) else _on_this_device(leaf)
-            if leaf.value in known:
-                return known[leaf.value]
-            value = recording.values[leaf.value]
-            if value.name is not None and value.name in values:
-                return values[value.name]
-            return value.tensor.double() if value.tensor.is_floating_point() else value.tensor
+            if not isinstance(leaf, fx.Node):
+                return torch.device("cpu") if isinstance(leaf, torch.device) else leaf
+            if leaf in known:
+                return known[leaf]
+            name, held = name_of(leaf), tensor(leaf)
+            if name is not None and name in values:
+                return values[name]
+            return held.double() if held.is_floating_point() else held
 
         with torch.no_grad(), lifted():
-            for op in ops:
-                result = op.target(*tree_map(back, op.args), **tree_map(back, dict(op.kwargs)))
+            for node in operations:
+                target: Any = node.target
+                args, kwargs = tree_map(back, (arguments(node), dict(node.kwargs)))
+                result = target(*args, **kwargs)
                 made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-                known.update(zip(op.outputs, made, strict=True))
+                known.update(zip(outputs_of(node), made, strict=True))
         return known[output]
 
     return run
 
 
-def _on_this_device(leaf: Any) -> Any:
-    return torch.device("cpu") if isinstance(leaf, torch.device) else leaf
-
-
-def named_tensors(recording: Recording, event: Event) -> dict[str, str]:
+def named_tensors(event: Event) -> dict[str, str]:
     """Role -> name for a call of a known function. Raises NotProven for a computed argument."""
     found = {}
     for role, value in (event.tensors or {}).items():
-        name = parameter_name(recording, value)
+        name = parameter_name(value)
         if name is None:
             raise NotProven(f"its {role} is computed in the forward, not a parameter or buffer")
         found[role] = name

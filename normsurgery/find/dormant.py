@@ -9,13 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from normsurgery.errors import NormsurgeryError
-from normsurgery.graph import Recording, record
+from normsurgery.graph import Flow, record
 from normsurgery.inputs import Inputs
 
 
-def recordings_alone(
-    module: nn.Module, watched: frozenset[Callable[..., Any]]
-) -> Iterator[Recording]:
+def recordings_alone(module: nn.Module, watched: frozenset[Callable[..., Any]]) -> Iterator[Flow]:
     """One recorded run of `module` by itself for each input shape that its tensors suggest."""
     for shape in _suggested(module):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0))

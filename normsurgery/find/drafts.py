@@ -13,7 +13,8 @@ from normsurgery.find.by_type import Typed
 from normsurgery.find.dormant import is_candidate, recordings_alone
 from normsurgery.find.proof import Proof
 from normsurgery.find.reader import Ends, Key, Reader, Tree, dtype_name
-from normsurgery.graph import Recording
+from normsurgery.graph import Flow
+from normsurgery.graph.nodes import frames
 from normsurgery.survey import Site, Skip
 
 
@@ -29,10 +30,10 @@ class Drafts:
         self.ends: dict[Key, Ends] = {}
         self.ran: set[str] = set()
 
-    def read(self, recording: Recording) -> None:
+    def read(self, recording: Flow) -> None:
         """Add what one run shows."""
-        frames = (frame for op in recording.ops for frame in op.frames)
-        modules = (*(call.module for call in recording.module_calls), *(f.module for f in frames))
+        running = (frame for node in recording.operations for frame in frames(node))
+        modules = (*(call.module for call in recording.module_calls), *(f.module for f in running))
         self.ran.update(recording.path(module) for module in {id(m): m for m in modules}.values())
         reader = Reader(self.tree, recording, self.typed, self.proofs)
         for key, site in reader.sites():

@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from normsurgery.find.by_type import all_paths
-from normsurgery.find.events import SAME_NUMBERS, schema_name
-from normsurgery.graph import Op, Recording
-from normsurgery.graph.recording import refs_in
+from normsurgery.find.events import SAME_NUMBERS
+from normsurgery.graph import Flow
+from normsurgery.graph.nodes import (
+    arguments,
+    module_of,
+    operator,
+    outputs_of,
+    shape,
+    users_of,
+)
 from normsurgery.survey import Site
 
 LAYERS: Mapping[type[nn.Module], str] = {
@@ -60,7 +67,7 @@ _BETWEEN = frozenset(
 )
 
 
-def layer_sites(model: nn.Module, recording: Recording | None, attach: Any) -> Iterator[Site]:
+def layer_sites(model: nn.Module, recording: Flow | None, attach: Any) -> Iterator[Site]:
     """A Site for every linear and convolution; `settings["gate"]` says which activation follows."""
     paths = all_paths(model)
     first_paths = {paths[id(module)][0]: module for module in model.modules()}
@@ -69,7 +76,7 @@ def layer_sites(model: nn.Module, recording: Recording | None, attach: Any) -> I
         kind = next((name for cls, name in LAYERS.items() if type(module) is cls), None)
         if kind is None:
             continue
-        calls, shape, gate = gates.get(path, (0, None, None))
+        calls, size, gate = gates.get(path, (0, None, None))
         prefix = f"{path}." if path else ""
         weight: Any = module.weight
         axis = -1 if kind == "linear" else 1
@@ -88,7 +95,7 @@ def layer_sites(model: nn.Module, recording: Recording | None, attach: Any) -> I
                 or getattr(module, "out_channels", None),
                 "gate": gate,
             },
-            shape=shape,
+            shape=size,
             dtype=str(weight.dtype).removeprefix("torch."),
             calls=calls if recording is not None else None,
             attach=attach,
@@ -96,79 +103,66 @@ def layer_sites(model: nn.Module, recording: Recording | None, attach: Any) -> I
 
 
 def _gates(
-    recording: Recording,
+    recording: Flow,
 ) -> dict[str, tuple[int, tuple[int, ...] | None, dict[str, Any] | None]]:
-    readers = recording.readers()
     found: dict[str, tuple[int, tuple[int, ...] | None, dict[str, Any] | None]] = {}
     for call in recording.module_calls:
-        if type(call.module) not in LAYERS or not hasattr(call.output, "value"):
+        if type(call.module) not in LAYERS or not isinstance(call.output, fx.Node):
             continue
         path = recording.path(call.module)
-        calls, shape, _ = found.get(path, (0, None, None))
-        shape = shape or recording.values[call.output.value].shape
-        found[path] = (calls + 1, shape, _gate(recording, readers, call.output.value))
+        calls, size, _ = found.get(path, (0, None, None))
+        found[path] = (calls + 1, size or shape(call.output), _gate(recording, call.output))
     return found
 
 
-def _gate(
-    recording: Recording, readers: Mapping[int, list[Op]], value: int
-) -> dict[str, Any] | None:
+def _gate(recording: Flow, value: fx.Node) -> dict[str, Any] | None:
     """The first activation that the value reaches through what keeps its neurons apart."""
-    shape, direct, steps = recording.values[value].shape, True, 0
+    size, direct, steps = shape(value), True, 0
     while steps < 32:
         steps += 1
-        following = [op for op in readers.get(value, []) if op.outputs]
-        active = next((op for op in following if _activation(op)), None)
+        following = [node for node in users_of(value) if outputs_of(node)]
+        active = next((node for node in following if _activation(node)), None)
         if active is not None:
-            leaf = active.frames[0].module if active.frames else None
+            leaf = module_of(active)
             is_leaf = leaf is not None and not any(True for _ in leaf.parameters())
             return {
                 "activation": _activation(active),
                 "arguments": [
                     a
-                    for a in (*active.args[1:], *active.kwargs.values())
+                    for a in (*arguments(active)[1:], *active.kwargs.values())
                     if isinstance(a, (int, float, str))
                 ],
                 "direct": direct,
                 "module": recording.path(leaf) if leaf is not None and is_leaf else None,
             }
-        onward = next((op for op in following if _passes(recording, op, shape)), None)
+        onward = next((node for node in following if _passes(node, size)), None)
         if onward is None:
             return None
-        direct = direct and schema_name(onward) in SAME_NUMBERS
-        value = onward.outputs[0]
+        direct = direct and operator(onward) in SAME_NUMBERS
+        value = outputs_of(onward)[0]
     return None
 
 
-def absorbable(
-    recording: Recording, readers: Mapping[int, list[Op]], values: Sequence[int]
-) -> str | None:
+def absorbable(recording: Flow, values: Sequence[fx.Node]) -> str | None:
     """The activation module that alone reads these values and that reads nothing else, by path."""
-    following = [op for value in values for op in readers.get(value, [])]
-    if not all(_activation(op) and op.frames for op in following):
+    following = [node for value in values for node in users_of(value)]
+    around = [module for node in following if (module := module_of(node)) is not None]
+    if len(around) < len(following) or not all(map(_activation, following)):
         return None
-    modules = {id(op.frames[0].module): op.frames[0].module for op in following}
+    modules = {id(module): module for module in around}
     calls = [call for call in recording.module_calls if id(call.module) in modules]
     alone = len(modules) == 1 and len(calls) == len(following) == len(values)
-    if not alone or any(call.end - call.start != 1 for call in calls):
+    if not alone or any(len(call.operations) != 1 for call in calls):
         return None
-    returned = {
-        value
-        for call in recording.module_calls
-        if call.module is recording.model
-        for value in refs_in(call.output)
-    }
     (module,) = modules.values()
     plain = not any(True for _ in module.parameters()) and module is not recording.model
-    return recording.path(module) if plain and returned.isdisjoint(values) else None
+    return recording.path(module) if plain and recording.returned.isdisjoint(values) else None
 
 
-def _activation(op: Op) -> str | None:
-    name = schema_name(op)
-    return ACTIVATIONS.get(name) or ACTIVATIONS.get(name.removesuffix("_"))
+def _activation(node: fx.Node) -> str | None:
+    return ACTIVATIONS.get(operator(node))
 
 
-def _passes(recording: Recording, op: Op, shape: tuple[int, ...]) -> bool:
-    name = schema_name(op)
-    known = name in SAME_NUMBERS or name.removesuffix("_") in _BETWEEN
-    return known and recording.values[op.outputs[0]].shape == shape
+def _passes(node: fx.Node, size: tuple[int, ...]) -> bool:
+    known = operator(node) in SAME_NUMBERS or operator(node) in _BETWEEN
+    return known and shape(outputs_of(node)[0]) == size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,19 +21,27 @@ Run = Callable[[Tensor, Mapping[str, Tensor], bool], Tensor]
 
 @dataclass(frozen=True)
 class Proof:
-    """A registered formula that agrees: its name, its Reading (eps measured), the worst error."""
+    """A registered formula that agrees: its name, its Reading (eps measured), the worst error.
+
+    inputs: of a norm with further inputs, which argument is which.
+    """
 
     kind: str
     reading: Reading
     error: float
+    inputs: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class _Cases:
-    """Inputs, the outputs for them, and the largest output, which errors are relative to."""
+    """Inputs, the outputs for them, and the largest output, which errors are relative to.
+
+    further: what else each run was given, by argument.
+    """
 
     inputs: tuple[tuple[Tensor, Tensor, bool], ...]
     scale: float
+    further: Mapping[str, Tensor]
 
 
 def prove(
@@ -44,6 +52,7 @@ def prove(
     *,
     modes: tuple[bool, ...] = (False,),
     first: str | None = None,
+    further: Mapping[str, Tensor] | None = None,
 ) -> Proof | None:
     """The registered norm that `run` computes, or None if it computes none of them.
 
@@ -52,15 +61,17 @@ def prove(
     values are drawn far from 0 and 1. `eps_candidates` are the small numbers seen in its code:
     which of them is the eps is measured on an input of tiny variance. `first`: the kind to try
     before the others, for a formula that several kinds share (a group norm of one group).
+    `further`: the other tensors that `run` is given, by argument (float64); a norm with further
+    inputs must be given as many, and they are its inputs in that order.
     """
     generator = torch.Generator().manual_seed(_SEED)
     values = {name: _drawn(tensor, generator) for name, tensor in tensors.items()}
-    cases = _cases(run, shape, values, modes, generator)
+    cases = _cases(run, shape, values, modes, generator, further or {})
     if not cases.scale > 0.0:
         return None
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for found in sorted(registry.specs(), key=lambda spec: spec.name != first):
-        if found.hypotheses is None:
+        if found.hypotheses is None or (found.inputs and len(found.inputs) != len(cases.further)):
             continue
         for reading in found.hypotheses(shape, shapes):
             proof = _test(found, reading, values, cases, eps_candidates)
@@ -86,12 +97,13 @@ def _cases(
     values: Mapping[str, Tensor],
     modes: tuple[bool, ...],
     generator: torch.Generator,
+    further: Mapping[str, Tensor],
 ) -> _Cases:
     """Tiny variance first: it is what tells eps, and rejects most hypotheses at once."""
     noise = torch.randn(shape, generator=generator, dtype=torch.float64)
     hard = (3e-3 * noise, noise, noise + 1e3, torch.full(shape, 0.7, dtype=torch.float64))
     inputs = tuple((x, run(x, values, training), training) for x in hard for training in modes)
-    return _Cases(inputs, max(float(y.abs().max()) for _, y, _ in inputs))
+    return _Cases(inputs, max(float(y.abs().max()) for _, y, _ in inputs), further)
 
 
 def _test(
@@ -110,7 +122,8 @@ def _test(
         settings = {**reading.settings, "eps": eps}
         error = _worst(found, tensors, settings, cases)
         if error <= FORMULA_LIMIT:
-            return Proof(found.name, Reading(reading.tensors, settings), error)
+            inputs = dict(zip(found.inputs, cases.further, strict=False))
+            return Proof(found.name, Reading(reading.tensors, settings), error, inputs)
     return None
 
 
@@ -122,8 +135,9 @@ def _worst(
 ) -> float:
     """Largest error over the cases, relative to the largest output; infinite above the limit."""
     worst = 0.0
+    further = dict(zip(found.inputs, cases.further.values(), strict=False))
     for x, y, training in cases.inputs:
-        expected = found.formula(x, tensors, settings, training)
+        expected = found.formula(x, tensors, settings, training, **further)
         if expected.shape != y.shape:
             return float("inf")
         error = float((expected - y).abs().max()) / cases.scale

@@ -21,15 +21,29 @@ from normsurgery.find.candidates import (
 )
 from normsurgery.find.casts import cast_order
 from normsurgery.find.counters import counter
-from normsurgery.find.events import SAME_NUMBERS, Event, plain, schema_name
+from normsurgery.find.events import SAME_NUMBERS, Event, plain
 from normsurgery.find.places import absorbable
 from normsurgery.find.proof import Proof
-from normsurgery.graph import ModuleCall, Op, Recording, Ref
+from normsurgery.graph import Flow, ModuleCall
+from normsurgery.graph.nodes import (
+    is_constant,
+    maker,
+    module_of,
+    name_of,
+    operator,
+    outputs_of,
+    position,
+    shape,
+    tensor,
+    users_of,
+)
 from normsurgery.graph.operations import as_data
 from normsurgery.survey import Site, Skip
 
 Key = tuple[Any, ...]
-Ends = tuple[tuple[int, int], ...]  # of each run of a norm: the values it begins and ends with
+Ends = tuple[
+    tuple[fx.Node, fx.Node], ...
+]  # of each run of a norm: the values it begins and ends with
 
 
 @dataclass(frozen=True)
@@ -52,7 +66,7 @@ class Reader:
     def __init__(
         self,
         tree: Tree,
-        recording: Recording,
+        recording: Flow,
         typed: Mapping[str, Site],
         proofs: dict[Any, Proof | None],
     ) -> None:
@@ -62,7 +76,6 @@ class Reader:
         self.proofs = proofs
         self.skips: list[Skip] = []
         self.ends: dict[Key, Ends] = {}
-        self.readers = recording.readers()
         self.calls: dict[int, list[ModuleCall]] = {}
         for call in recording.module_calls:
             self.calls.setdefault(id(call.module), []).append(call)
@@ -72,7 +85,7 @@ class Reader:
         """Every norm that ran, under a key by which another recording's is known to be the same."""
         events = sorted(
             (*by_run.events(self.recording), *by_graph.events(self.recording)),
-            key=lambda event: event.ops or (0,),
+            key=lambda event: [position(node) for node in event.operations],
         )
         yield from self._typed_modules(events)
         free = [e for e in events if not any(id(f.module) in self.typed for f in e.frames)]
@@ -96,44 +109,41 @@ class Reader:
                 continue
             site = self.typed_sites[path]
             spots = [end for end in ends if end is not None]
-            constant = all(self.recording.values[start].constant for start, _ in spots)
+            constant = all(is_constant(start) for start, _ in spots)
             attach: Literal["norm", "weight"] = "weight" if constant else "norm"
-            ends_in = absorbable(self.recording, self.readers, [end for _, end in spots])
+            ends_in = absorbable(self.recording, [end for _, end in spots])
             if ends_in is not None and attach == "norm":
                 site = replace(site, settings={**site.settings, "activation_module": ends_in})
             self.ends["module", path] = tuple(spots)
             yield ("module", path), replace(site, attach=attach, **self._facts(spots))
 
-    def _facts(self, ends: Sequence[tuple[int, int]]) -> dict[str, Any]:
-        values = self.recording.values
-        shape = min((values[start].shape for start, _ in ends), key=prod)
+    def _facts(self, ends: Sequence[tuple[fx.Node, fx.Node]]) -> dict[str, Any]:
         start, _ = ends[0]
         consumers = dict.fromkeys(name for _, end in ends for name in self._consumers(end))
         return {
             "calls": len(ends),
-            "shape": shape,
-            "dtype": dtype_name(values[start].tensor),
+            "shape": min((shape(start) for start, _ in ends), key=prod),
+            "dtype": dtype_name(tensor(start)),
             "producer": self._producer(start),
             "consumers": tuple(consumers),
         }
 
-    def _producer(self, value: int) -> str | None:
-        made_by = self.recording.values[plain(self.recording, value)].op
-        if made_by is None:
-            return self.recording.values[plain(self.recording, value)].name
-        return self._place(self.recording.ops[made_by])
+    def _producer(self, value: fx.Node) -> str | None:
+        made_by = maker(plain(value))
+        return name_of(plain(value)) if made_by is None else self._place(made_by)
 
-    def _consumers(self, value: int) -> list[str]:
+    def _consumers(self, value: fx.Node) -> list[str]:
         found: list[str] = []
-        for op in self.readers.get(value, []):
-            if schema_name(op) in SAME_NUMBERS and op.outputs:
-                found.extend(self._consumers(op.outputs[0]))
+        for node in users_of(value):
+            if operator(node) in SAME_NUMBERS and outputs_of(node):
+                found.extend(self._consumers(outputs_of(node)[0]))
             else:
-                found.append(self._place(op) or schema_name(op))
+                found.append(self._place(node) or operator(node))
         return found
 
-    def _place(self, op: Op) -> str | None:
-        return self.recording.path(op.frames[0].module) if op.frames else None
+    def _place(self, node: fx.Node) -> str | None:
+        module = module_of(node)
+        return None if module is None else self.recording.path(module)
 
     # --- everything else ------------------------------------------------------------------------
 
@@ -190,12 +200,12 @@ class Reader:
             return None
         original = self._original(owner)
         event = group[0]
-        proof = prove_module(self.recording, owner, original, calls, event, self.proofs)
+        proof = prove_module(original, calls, event, self.proofs)
         if proof is None:
             return None
         path = self.recording.path(owner)
         prefix = f"{path}." if path else ""
-        ends = [(self._given(call, event), call.output.value) for call in calls]
+        ends = [(self._given(call), call.output) for call in calls]
         site = Site(
             index=0,
             kind=proof.kind,
@@ -203,7 +213,11 @@ class Reader:
             form="module",
             class_name=type(original).__name__,
             parameters={role: prefix + name for role, name in proof.reading.tensors.items()},
-            settings=cast_order(original, proof, self.recording.values[ends[0][0]].shape),
+            settings={
+                **cast_order(original, proof, shape(ends[0][0])),
+                **_said_eps(event, proof),
+                **({"inputs": dict(proof.inputs)} if proof.inputs else {}),
+            },
             found_by="proof",
             proof_error=proof.error,
             notes=_hook_notes(original),
@@ -211,12 +225,10 @@ class Reader:
         self.ends[key_of(site)] = tuple(ends)
         return replace(site, **self._facts(ends))
 
-    def _given(self, call: ModuleCall, event: Event) -> int:
-        """The argument of the call that is normalised: the first of the event's shape or any."""
-        given = (*call.args, *call.kwargs.values())
-        values = [leaf.value for leaf in given if isinstance(leaf, Ref)]
-        shape = self.recording.values[call.output.value].shape
-        return next((v for v in values if self.recording.values[v].shape == shape), values[0])
+    def _given(self, call: ModuleCall) -> fx.Node:
+        """The argument of the call that is normalised: the first of the output's shape or any."""
+        values = _given_to(call)
+        return next((v for v in values if shape(v) == shape(call.output)), values[0])
 
     def _expression(self, group: Sequence[Event], owner: nn.Module) -> tuple[Site, Ends]:
         event = group[0]
@@ -224,12 +236,12 @@ class Reader:
             raise NotProven(event.refusal)
         if event.kind is not None:
             return self._call(group, owner)
-        region = prove_region(self.recording, event, self.readers, owner)
+        region = prove_region(event, owner)
         proof = region.proof
-        site = self._call_site(group, owner, region.output, region.ops, region.input)
+        site = self._call_site(group, owner, region.output, region.operations, region.input)
         ends = ((region.input, region.output), *((e.input, e.output) for e in group[1:]))
         roles = {name: role for role, name in proof.reading.tensors.items()}
-        operations = as_data(self.recording, region.ops, region.input, roles)
+        operations = as_data(region.operations, region.input, roles)
         made = replace(
             site,
             call=None if site.call is None else replace(site.call, operations=operations),
@@ -244,11 +256,10 @@ class Reader:
 
     def _call(self, group: Sequence[Event], owner: nn.Module) -> tuple[Site, Ends]:
         event = group[0]
-        parameters = named_tensors(self.recording, event)
-        if any(named_tensors(self.recording, other) != parameters for other in group[1:]):
+        parameters = named_tensors(event)
+        if any(named_tensors(other) != parameters for other in group[1:]):
             raise NotProven("this line normalises with different parameters each time it runs")
-        ops = tuple(self.recording.ops[index] for index in event.ops)
-        site = self._call_site(group, owner, event.output, ops, event.input)
+        site = self._call_site(group, owner, event.output, event.operations, event.input)
         made = replace(
             site,
             kind=event.kind or "",
@@ -262,14 +273,14 @@ class Reader:
         self,
         group: Sequence[Event],
         owner: nn.Module,
-        output: int,
-        ops: tuple[Op, ...],
-        start: int,
+        output: fx.Node,
+        operations: Sequence[fx.Node],
+        start: fx.Node,
     ) -> Site:
         original = self._original(owner)
         for other in group[1:]:
             require_last_of_its_place(self.recording, original, owner, other)
-        call = call_site(self.recording, original, owner, group[0], output, ops, start)
+        call = call_site(self.recording, original, owner, group[0], output, operations, start)
         return Site(
             index=0,
             kind="",
@@ -285,18 +296,17 @@ class Reader:
     def _weight(self, group: Sequence[Event], owner: nn.Module) -> Iterator[tuple[Key, Site]]:
         """A norm of a weight: what the input is made of is a parameter."""
         event = group[0]
-        name = self.recording.values[plain(self.recording, event.input)].name
+        name = name_of(plain(event.input))
         kind = event.kind
         if kind is None:
             try:
-                kind = prove_region(self.recording, event, self.readers, owner).proof.kind
+                kind = prove_region(event, owner).proof.kind
             except NotProven:
                 return
         if name is None:
             return
         original = self._original(owner)
         settings = {"eps": (event.settings or {}).get("eps"), "channel_axis": 0}
-        shape = self.recording.values[event.input].shape
         site = Site(
             index=0,
             kind=kind,
@@ -304,9 +314,9 @@ class Reader:
             form="call" if event.kind else "formula",
             class_name=type(original).__name__,
             parameters={"weight": name},
-            settings={**settings, "features": self.recording.values[event.input].shape[0]},
-            shape=shape,
-            dtype=dtype_name(self.recording.values[event.input].tensor),
+            settings={**settings, "features": shape(event.input)[0]},
+            shape=shape(event.input),
+            dtype=dtype_name(tensor(event.input)),
             calls=len(group),
             attach="weight",
             found_by="run" if event.kind else "proof",
@@ -329,9 +339,16 @@ def place_of(key: Key) -> Key:
     return key if call is None else (*key[:2], call.function, call.output, call.node)
 
 
-def dtype_name(tensor: Tensor) -> str:
+def dtype_name(held: Tensor) -> str:
     """As `float32`."""
-    return str(tensor.dtype).removeprefix("torch.")
+    return str(held.dtype).removeprefix("torch.")
+
+
+def _said_eps(event: Event, proof: Proof) -> dict[str, Any]:
+    """What a call of the very norm says: by default eps may be that of the type, which float64
+    cannot show."""
+    said = (event.settings or {}).get("eps") if event.kind == proof.kind else None
+    return {} if said is None else {"eps": said}
 
 
 def _hook_notes(module: nn.Module) -> tuple[str, ...]:
@@ -342,8 +359,13 @@ def _hook_notes(module: nn.Module) -> tuple[str, ...]:
     return ()
 
 
-def _ends(call: ModuleCall) -> tuple[int, int] | None:
-    given = [leaf for leaf in (*call.args, *call.kwargs.values()) if isinstance(leaf, Ref)]
-    if not given or not isinstance(call.output, Ref):
+def _given_to(call: ModuleCall) -> list[fx.Node]:
+    """The tensors that a call was given as arguments of their own."""
+    return [leaf for leaf in (*call.args, *call.kwargs.values()) if isinstance(leaf, fx.Node)]
+
+
+def _ends(call: ModuleCall) -> tuple[fx.Node, fx.Node] | None:
+    given = _given_to(call)
+    if not given or not isinstance(call.output, fx.Node):
         return None
-    return given[0].value, call.output.value
+    return given[0], call.output

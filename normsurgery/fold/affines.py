@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
 from normsurgery.fold.edits import Vector
 from normsurgery.fold.ground import Affine, Run
 from normsurgery.fold.unlisted import affine_of_unlisted, is_unlisted
-from normsurgery.graph.flow import Node
-from normsurgery.spec import get
+from normsurgery.graph.nodes import argument
+from normsurgery.spec import AffineOf, get, weight_and_bias
 from normsurgery.survey import Site
 
 AFFINE_ROLES = ("weight", "bias")
-STATISTICS = ("running_mean", "running_var")
-_TRAINING_ARGUMENT = {
-    "aten::native_batch_norm": 5,
-    "aten::_native_batch_norm_legit": 5,
-    "aten::cudnn_batch_norm": 5,
-    "aten::batch_norm": 5,
-}
 
 
 def is_affine(site: Site) -> bool:
     """In eval the norm is a scale and a shift per channel, and nothing else."""
-    if site.attach != "norm" or get(site.kind).as_affine is None:
+    if site.attach != "norm":
         return False
-    return site.kind == "affine" or set(STATISTICS) <= set(site.parameters)
+    affine = get(site.kind).affine
+    return is_unlisted(site) or (
+        affine is not None and affine(_ones(site), site.settings) is not None
+    )
 
 
 def has_tail(site: Site) -> bool:
@@ -33,19 +35,49 @@ def has_tail(site: Site) -> bool:
 
 
 def affine_of(site: Site) -> Affine:
-    """The scale and shift that come last in a norm, as Vectors."""
+    """What the norm is in eval, or else what comes last in it, as Vectors."""
     if is_unlisted(site):
         return affine_of_unlisted(site)
-    roles = (*AFFINE_ROLES, *STATISTICS) if is_affine(site) else AFFINE_ROLES
-    tensors = {role: site.parameters[role] for role in roles if role in site.parameters}
-    known = ("eps", "weight_offset", "features")
-    settings = {name: site.settings[name] for name in known if name in site.settings}
-    whole = "running_var" in tensors
-    scaled, shifted = whole or "weight" in tensors, whole or "bias" in tensors
+    if is_affine(site):
+        return _as_vectors(get(site.kind).scale_and_shift, site)
+    return _as_vectors(weight_and_bias, site)
+
+
+def _as_vectors(affine: AffineOf, site: Site) -> Affine:
+    """Vectors of the parts that are not neutral, of the tensors and settings that they need."""
+    ones, settings = _Noted(_ones(site)), _Noted(site.settings)
+    parts = affine(ones, settings)
+    assert parts is not None
+    tensors = {role: site.parameters[role] for role in site.parameters if role in ones.read}
+    known = {n: v for n, v in site.settings.items() if n in settings.read or n == "features"}
+    scale, shift = parts
     return Affine(
-        Vector("scale", tensors, settings) if scaled else None,
-        Vector("shift", tensors, settings) if shifted else None,
+        None if scale is None else Vector("scale", tensors, known, kind=site.kind),
+        None if shift is None else Vector("shift", tensors, known, kind=site.kind),
     )
+
+
+def _ones(site: Site) -> dict[str, torch.Tensor]:
+    """In place of the norm's tensors, where only what becomes of them matters."""
+    features = int(site.settings.get("features") or 1)
+    return {role: torch.ones(features, dtype=torch.float64) for role in site.parameters}
+
+
+class _Noted(Mapping[str, Any]):
+    """A mapping that notes what of it is looked at."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.values_of, self.read = values, set[str]()
+
+    def __getitem__(self, name: str) -> Any:
+        self.read.add(name)
+        return self.values_of[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values_of)
+
+    def __len__(self) -> int:
+        return len(self.values_of)
 
 
 def uses_batch(run: Run) -> bool:
@@ -53,8 +85,10 @@ def uses_batch(run: Run) -> bool:
     return any(_node_uses_batch(node) for node in run.nodes)
 
 
-def _node_uses_batch(node: Node) -> bool:
-    place = _TRAINING_ARGUMENT.get(node.name)
-    if place is not None:
-        return bool(node.args[place])
-    return node.name == "aten::_native_batch_norm_legit_no_stats"
+def _node_uses_batch(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return any(
+        bool(argument(node, place, known.name, known.default_value))
+        for place, known in enumerate(schema.arguments if schema is not None else ())
+        if known.name in ("training", "use_input_stats")
+    )

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from normsurgery.fold.channels import NEUTRAL
 from normsurgery.fold.checks import Check
 from normsurgery.fold.edits import AddProduct, Copy, Create, Edit, Scale, Shift
 from normsurgery.fold.ground import Ground, Landing, Refused
-from normsurgery.graph.flow import Node, Operand
+from normsurgery.graph.flow import Operand
+from normsurgery.graph.nodes import module_of
 from normsurgery.surgery.source import tensor_at
 
 
@@ -22,14 +23,14 @@ class Agreed:
     edits: tuple[Edit, ...]
     notes: tuple[str, ...] = ()
     created: frozenset[str] = frozenset()
-    untied: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    untied: Mapping[str, frozenset[fx.Node]] = field(default_factory=dict)
 
 
 def agree(ground: Ground, landings: Sequence[Landing]) -> Agreed:
     """Raises Refused where a weight would need two values, or where something else reads it."""
     edits: list[Edit] = []
     notes: list[str] = []
-    untied: dict[str, frozenset[int]] = {}
+    untied: dict[str, frozenset[fx.Node]] = {}
     for same in _by_weight(_joined(ground, landings)):
         first = same[0]
         if any(landing.edits != first.edits for landing in same):
@@ -44,7 +45,7 @@ def agree(ground: Ground, landings: Sequence[Landing]) -> Agreed:
         names = _names_now(ground, same, own)
         edits += [*new, *(_renamed(edit, names) for edit in first.edits)]
         notes += [_cost(ground, copy) for copy in new]
-        nodes = frozenset(node.index for landing in same for node in landing.nodes)
+        nodes = frozenset(node for landing in same for node in landing.nodes)
         untied |= {copy.target: nodes for copy in own}
     created = frozenset(edit.target for edit in edits if isinstance(edit, Create))
     return Agreed(tuple(edits), tuple(notes), created, untied)
@@ -55,18 +56,17 @@ _OWN_MODULE = "Give every call a module of its own."
 
 def _joined(ground: Ground, landings: Sequence[Landing]) -> list[Landing]:
     """One landing per node: a node that is reached on two ways lands what came on each."""
-    found: dict[tuple[int, ...], Landing] = {}
+    found: dict[tuple[fx.Node, ...], Landing] = {}
     for landing in landings:
-        key = tuple(node.index for node in landing.nodes)
-        known = found.get(key)
+        known = found.get(landing.nodes)
         if known is None:
-            found[key] = landing
+            found[landing.nodes] = landing
             continue
         if _meant(known.edits) & _meant(landing.edits):
             raise Refused(Check.CALLED_AGAIN, f"{ground.path(landing.nodes[-1])} reads it twice")
         tensors = {id(operand.tensor): operand for operand in (*known.tensors, *landing.tensors)}
         edits = (*known.edits, *(e for e in landing.edits if not isinstance(e, Create)))
-        found[key] = Landing(landing.nodes, tuple(tensors.values()), edits)
+        found[landing.nodes] = Landing(landing.nodes, tuple(tensors.values()), edits)
     return list(found.values())
 
 
@@ -100,11 +100,11 @@ def _by_weight(landings: Sequence[Landing]) -> list[list[Landing]]:
 
 def _require_own(ground: Ground, same: Sequence[Landing]) -> list[Copy]:
     """The tensors of these landings are read by these nodes alone, or may be copied."""
-    nodes = {node.index for landing in same for node in landing.nodes}
+    nodes = {node for landing in same for node in landing.nodes}
     copies: list[Copy] = []
     for operand in {id(o.tensor): o for landing in same for o in landing.tensors}.values():
         elsewhere = _read_elsewhere(ground, nodes)
-        others = [u for u in ground.flow.uses(operand) if u.index not in nodes | elsewhere]
+        others = [u for u in ground.flow.uses(operand) if u not in nodes | elsewhere]
         if ground.flow.is_exposed(operand):
             raise Refused(Check.RETURNED, f"{operand.name} itself is returned by the model")
         if others:
@@ -112,9 +112,9 @@ def _require_own(ground: Ground, same: Sequence[Landing]) -> list[Copy]:
     return copies
 
 
-def _read_elsewhere(ground: Ground, nodes: Collection[int]) -> set[int]:
+def _read_elsewhere(ground: Ground, nodes: Collection[fx.Node]) -> set[fx.Node]:
     """The nodes that read a copy of their own, unless these are among them."""
-    found: set[int] = set()
+    found: set[fx.Node] = set()
     for readers in ground.untied.values():
         if readers.isdisjoint(nodes):
             found |= readers
@@ -122,12 +122,12 @@ def _read_elsewhere(ground: Ground, nodes: Collection[int]) -> set[int]:
 
 
 def _copy(
-    ground: Ground, operand: Operand, same: Sequence[Landing], others: Sequence[Node]
+    ground: Ground, operand: Operand, same: Sequence[Landing], others: Sequence[fx.Node]
 ) -> Copy:
     """A tensor of its own for these landings. Raises Refused."""
-    modules = {id(node.module) for landing in same for node in landing.nodes}
+    modules = {id(module_of(node)) for landing in same for node in landing.nodes}
     where = ground.path(others[0])
-    if any(id(node.module) in modules for node in others):
+    if any(id(module_of(node)) in modules for node in others):
         raise Refused(Check.CALLED_AGAIN, f"{where} is called elsewhere too", _OWN_MODULE)
     names = ground.flow.names(operand.tensor)
     if len(names) < 2:
@@ -147,10 +147,10 @@ def _copy(
 
 
 def _own_name(ground: Ground, tensor: Tensor, same: Sequence[Landing]) -> str | None:
-    module = same[0].nodes[-1].module
+    module = module_of(same[0].nodes[-1])
     if module is None:
         return None
-    path = ground.located.recording.path(module)
+    path = ground.flow.path(module)
     held = (*module.named_parameters(path, recurse=False), *module.named_buffers(path, False))
     return next((name for name, value in held if value is tensor), None)
 

@@ -9,6 +9,7 @@ from normsurgery.fold.checks import Check
 from normsurgery.fold.ground import Ground, Refused
 from normsurgery.fold.kernels import Geometry, Sizes, room_for
 from normsurgery.fold.landings import CONVOLUTION
+from normsurgery.graph.nodes import arguments, operator, shape
 
 if TYPE_CHECKING:
     from normsurgery.fold.parallel_branches import Branch
@@ -19,16 +20,17 @@ def merged_geometry(
 ) -> tuple[Geometry, tuple[Sizes, ...]]:
     """The geometry that has room for all kernels, and where each of them lies in it.
 
-    branches: a layer first. Raises Refused: AXIS, ZERO_PADDING.
+    branches: a layer is among them. Raises Refused: AXIS, ZERO_PADDING.
     """
+    first = next(branch for branch in branches if branch.layer is not None)
     weights = [b.layer.weight.tensor for b in branches if b.layer is not None]
     if len({(w.dtype, tuple(w.shape[:2]), w.dim(), w.device) for w in weights}) > 1:
         raise Refused(Check.AXIS, "its branches have different channels, groups or dtypes")
-    given = [_geometry(branch, branches[0]) for branch in branches]
+    given = [_geometry(branch, first) for branch in branches]
     if len({(found.groups, found.stride) for found in given}) > 1:
         raise Refused(Check.AXIS, "its branches have different strides or groups")
     for branch in branches:
-        _require_same_channels(ground, branch, branches[0], given[0].groups)
+        _require_same_channels(ground, branch, first, given[0].groups)
     return room_for(given)
 
 
@@ -36,15 +38,15 @@ def _geometry(branch: Branch, first: Branch) -> Geometry:
     """Of the branch's layer; of a norm, that of an identity beside the layer of `first`."""
     found = branch.layer or first.layer
     assert found is not None
-    if found.node.name != CONVOLUTION:
+    if operator(found.node) != CONVOLUTION:
         return Geometry((), (), (), (), 1)
     kernel = tuple(found.weight.tensor.shape[2:])
     if branch.layer is None:
         one, none = (1,) * len(kernel), (0,) * len(kernel)
         return Geometry(one, one, none, one, found.groups)
+    given = [arguments(found.node)[place] for place in (3, 4, 5)]
     stride, padding, dilation = (
-        tuple(int(n) for n in found.node.args[place]) * (len(kernel) // len(found.node.args[place]))
-        for place in (3, 4, 5)
+        tuple(int(n) for n in sizes) * (len(kernel) // len(sizes)) for sizes in given
     )
     return Geometry(kernel, stride, padding, dilation, found.groups)
 
@@ -54,7 +56,7 @@ def _require_same_channels(ground: Ground, branch: Branch, first: Branch, groups
     if branch.run is None or first.layer is None:
         return
     weight, settings = first.layer.weight.tensor, branch.run.site.settings
-    rank = len(ground.flow.shape(branch.source))
+    rank = len(shape(branch.source))
     same_axis = (int(settings["channel_axis"]) - first.layer.channel_axis) % rank == 0
     sizes = {int(settings["features"]), weight.shape[0], weight.shape[1] * groups}
     if not same_axis or len(sizes) > 1:

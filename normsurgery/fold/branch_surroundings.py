@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from types import CodeType
 
 from torch import nn
 
 from normsurgery.fold.acceptance import require_accepted
-from normsurgery.fold.branch_checks import inner_modules
 from normsurgery.fold.checks import Check, NoMatch
-from normsurgery.fold.code_reach import Reach, reaches
 from normsurgery.fold.ground import Ground, Landing, Refused
+from normsurgery.fold.neutral import NeutralBranch
 from normsurgery.fold.parallel_branches import KIND, Apart, BranchSum, branch_sums
 from normsurgery.fold.preconditions import require
-from normsurgery.surgery.obstacles import obstacle
+from normsurgery.graph.nodes import outputs_of
+from normsurgery.surgery.obstacles import lost_fact, obstacle
 from normsurgery.surgery.owner.install import is_rewritten
 from normsurgery.surgery.references import ModuleReferences
 from normsurgery.survey import Site
 
+# What a module is asked for that looks through everything it holds.
+CONTENTS = frozenset({"_modules", "children", "modules", "parameters", "buffers", "state_dict"})
+CONTENTS |= {"named_children", "named_modules", "named_parameters", "named_buffers"}
+
 
 @dataclass(frozen=True)
 class Merging:
-    """The model whose branches are to be merged, and what surrounds its modules."""
+    """The model whose branches are to be merged, and what refers to its modules."""
 
     ground: Ground
     model: nn.Module
@@ -57,42 +59,37 @@ class Merging:
         ground = self.ground
         if is_rewritten(self.model.get_submodule(found.owner)):
             # What was a call when the norms around it were decided would be a branch now.
-            raise Refused(
-                Check.NOT_REWRITABLE, f"that of {found.owner or 'the model'} was rewritten before"
-            )
+            where = f"that of {found.owner or 'the model'} was rewritten before"
+            raise Refused(Check.NOT_REWRITABLE, where)
         for site in found.identities:
             require(ground, self.model, site, self.around)
-        for path in found.convolutions:
-            reason = obstacle(self.model, _site(path), copies=False, around=self.around)
-            if reason is not None:
-                raise Refused(Check.NOT_REWRITABLE, f"{path}: {reason}")
+        for path in found.places:
+            self._require_replaceable(path)
         landings = [Landing(branch.nodes, (), ()) for branch in found.branches]
         nodes = ground.flow.between(found.branches[0].source, found.output)
-        inside = {value for node in nodes for value in node.outputs} - {found.output}
+        inside = {value for node in nodes for value in outputs_of(node)} - {found.output}
         require_accepted(ground, self.model, landings, inside)
-        self._require_unreached(found)
 
-    def _require_unreached(self, found: BranchSum) -> None:
-        """Only the code that adds the branches up reaches the modules that go. Raises Refused."""
-        gone = [self.model.get_submodule(path) for path in _gone(self.ground, found)]
-        own = set(_code_of(self.ground, found))
-        for reach in self._reaches:
-            if (self._paths[id(reach.owner)], reach.code) in own:
-                continue
-            if any(reach.touches(module) for module in gone):
-                where = self._paths[id(reach.owner)] or "the model itself"
-                expression = "self." + ".".join(reach.chain)
-                raise Refused(
-                    Check.NOT_REWRITABLE, f"{where} reads {expression} in {reach.function}"
-                )
+    def _require_replaceable(self, path: str) -> None:
+        """Nothing refers to the module or to what it holds. Raises Refused."""
+        top = self.model.get_submodule(path)
+        for below, module in top.named_modules(prefix=path):
+            if len(self.around.paths_of(module)) > 1:
+                raise Refused(Check.TIED, f"{below} has another name too")
+            site = Site(0, KIND, (below,), "module", "", {}, {})
+            reason = obstacle(self.model, site, copies=False, around=self.around)
+            reason = reason or lost_fact(self.model, site, NeutralBranch(), self.around)
+            if reason is not None:
+                raise Refused(Check.NOT_REWRITABLE, f"{below}: {reason}")
+        for module in self._above(path):
+            for read in self.around.reads_of(module):
+                if read.attribute in CONTENTS:
+                    raise Refused(Check.NOT_REWRITABLE, f"{read}, of which {path} is a part")
 
-    @cached_property
-    def _reaches(self) -> Sequence[Reach]:
-        return list(reaches(self.model))
-
-    @cached_property
-    def _paths(self) -> Mapping[int, str]:
-        return {id(module): path for path, module in self.model.named_modules()}
+    def _above(self, path: str) -> Iterator[nn.Module]:
+        while path:
+            path = path.rpartition(".")[0]
+            yield self.model.get_submodule(path)
 
 
 def belong_to(ground: Ground, found: BranchSum) -> None:
@@ -103,43 +100,3 @@ def belong_to(ground: Ground, found: BranchSum) -> None:
     for value in {value for branch in found.branches for value in branch.between}:
         if ground.gone.pop(value, None) is not None:
             ground.settled.add(ground.ends[value].site.index)
-
-
-def _site(path: str) -> Site:
-    """A layer, as obstacles are asked about."""
-    return Site(0, KIND, (path,), "module", "", {}, {})
-
-
-def _gone(ground: Ground, found: BranchSum) -> set[str]:
-    """The paths of the branches, of what holds them below the owner, and of the norms in there."""
-    above = f"{found.owner}." if found.owner else ""
-    paths = {branch.path for branch in found.branches}
-    around = {
-        above + ".".join(parts[:length])
-        for parts in (path.removeprefix(above).split(".") for path in paths)
-        for length in range(1, len(parts))
-    }
-    owner = ground.model.get_submodule(found.owner)
-    ran = {
-        ground.located.recording.path(module)
-        for branch in found.branches
-        for module in inner_modules(branch.nodes, owner)
-    }
-    return (
-        paths | around | {path for path in ran if path.startswith(tuple(f"{a}." for a in around))}
-    )
-
-
-def _code_of(ground: Ground, found: BranchSum) -> Iterator[tuple[str, CodeType]]:
-    """The code that runs the branches, with the path of the module that runs it."""
-    owner = ground.model.get_submodule(found.owner)
-    last = ground.flow.maker(found.output)
-    nodes = [node for branch in found.branches for node in branch.nodes]
-    for node in (*nodes, *(() if last is None else (last,))):
-        modules = [frame.module for frame in node.frames]
-        if owner not in modules:
-            continue
-        outermost = len(modules) - modules[::-1].index(owner)
-        for frame in node.frames[:outermost]:
-            if frame.code is not None:
-                yield ground.located.recording.path(frame.module), frame.code

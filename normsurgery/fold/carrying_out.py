@@ -8,9 +8,9 @@ from typing import Protocol, TypeVar
 from normsurgery.errors import UsageError
 from normsurgery.fold.checks import Check, NoMatch
 from normsurgery.fold.editing import CannotHold
-from normsurgery.fold.parallel_branches import KIND
 from normsurgery.fold.worklist import Key
-from normsurgery.plan import MERGED, Plan, Step
+from normsurgery.plan import Plan
+from normsurgery.steps import Merge, MergedNorm, Step
 
 
 class Outcome(Protocol):
@@ -58,17 +58,13 @@ def _impossible(made: Plan, applied: Outcome) -> dict[Key, NoMatch]:
     return {
         _key(step): NoMatch(Check.NOT_REWRITABLE, _without_head(reasons[step.site.label]))
         for step in made.steps
-        if id(step) not in done and not _is_part_of_merge(step)
+        # A norm that would have gone with a merge: without it, other rules may take it.
+        if id(step) not in done and not isinstance(step, MergedNorm)
     }
 
 
 def _key(step: Step) -> Key:
-    return step.site.label if step.site.kind == KIND else step.site.index
-
-
-def _is_part_of_merge(step: Step) -> bool:
-    """A norm that would have gone with a merge of branches: without it, other rules may take it."""
-    return step.rule == MERGED and not step.edits
+    return step.site.label if isinstance(step, Merge) else step.site.index
 
 
 def _without_head(reason: str) -> str:

@@ -13,8 +13,8 @@ from normsurgery.fold.checks import Check
 from normsurgery.fold.ground import Ground, Refused
 from normsurgery.fold.residual_stream import Stream, is_candidate, stream_of
 from normsurgery.fold.worklist import Worklist, require_unread
-from normsurgery.plan import Step
-from normsurgery.spec import Fidelity
+from normsurgery.spec import Fidelity, get
+from normsurgery.steps import Fold, Step
 from normsurgery.survey import Site
 
 
@@ -28,8 +28,9 @@ def centre(
     example = grounds[0]
     for site in [site for site in example.located.survey if site.index in allowed]:
         made = work.made.get(site.index)
-        done = made is not None and made.to == "rmsnorm"
-        if done or not is_candidate(site) or not example.runs[site.index]:
+        if not is_candidate(site) or not example.runs[site.index]:
+            continue
+        if made is not None and made.to == get(site.kind).without_mean:
             continue
         try:
             stream, agreed = _centred(grounds, model, site)
@@ -63,7 +64,7 @@ def _centred(grounds: Sequence[Ground], model: nn.Module, site: Site) -> tuple[S
     for ground, found in streams:
         ground.untied |= agreed.untied
         ground.changed |= found.values.keys()
-        ground.absorbing |= {node.index for run in found.runs for node in run.nodes}
+        ground.absorbing |= {node for run in found.runs for node in run.nodes}
     return stream, agreed
 
 
@@ -87,7 +88,9 @@ def _take(
         return
     # Other folds may still write to what is centred: it comes last.
     index, last = steps[-1]
-    edits, notes = (*last.edits, *agreed.edits), (*last.notes, *agreed.notes)
+    given = len(ground.givers(stream.values.keys()))
+    told = f"what {given} modules give to the stream has mean zero afterwards"
+    edits, notes = (*last.edits, *agreed.edits), (*last.notes, *agreed.notes, told)
     work.made[index] = replace(last, edits=edits, notes=notes)
 
 
@@ -98,13 +101,15 @@ def _as_rmsnorm(ground: Ground, site: Site, made: Step | None) -> Step | None:
     if "bias" in site.parameters and not folded and not kept:
         return None
     whole = folded or "weight" not in site.parameters
-    return Step(
+    without_mean = get(site.kind).without_mean
+    assert without_mean is not None
+    return Fold(
         site=site,
-        to=site.kind if kept else "rmsnorm",
+        to=site.kind if kept else without_mean,
         options={} if kept or not whole else {"affine": False},
         fidelity=Fidelity.EVAL,
-        action="fold",
         notes=() if made is None else made.notes,
-        rule="residual stream",
+        where="residual stream",
         edits=() if made is None else made.edits,
+        changes=() if made is None else made.changes,
     )

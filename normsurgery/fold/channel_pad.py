@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,7 @@ from normsurgery.norms.carry import AFFINE_ROLES, settled
 from normsurgery.spec import Conversion, Fidelity, Source
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-ROLES = ("weight", "bias", "running_mean", "running_var")
-SETTINGS = ("eps", "weight_offset", "features")
+PARTS: tuple[Literal["scale", "shift"], ...] = ("scale", "shift")
 
 
 class ChannelPad(nn.Module):
@@ -63,10 +62,11 @@ class ChannelPad(nn.Module):
 
 def zero_before(source: Source) -> Tensor:
     """Per channel, float64, what the norm turns into zero; not finite where its scale is zero."""
-    tensors = {r: source.tensors[r].detach().double() for r in ROLES if r in source.tensors}
-    settings = {name: source.settings[name] for name in SETTINGS if name in source.settings}
-    names = {role: role for role in tensors}
-    scale, shift = (values(Vector(part, names, settings), tensors) for part in ("scale", "shift"))
+    tensors = {role: t.detach().double() for role, t in source.tensors.items()}
+    names = {role: role for role in tensors if tensors[role].dim()}
+    scale, shift = (
+        values(Vector(part, names, source.settings, kind=source.kind), tensors) for part in PARTS
+    )
     return -shift / scale
 
 

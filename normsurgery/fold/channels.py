@@ -8,20 +8,30 @@ the same operation on this small tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from normsurgery.graph.flow import Flow, Node, permutation
+from normsurgery.graph.flow import permutation
+from normsurgery.graph.nodes import (
+    argument,
+    arguments,
+    inputs_of,
+    operator,
+    outputs_of,
+    shape,
+    tensor,
+)
 
 NEUTRAL = -1
 Shape = tuple[int, ...]
 
 
-def along_axis(shape: Shape, axis: int) -> Tensor:
+def along_axis(sizes: Shape, axis: int) -> Tensor:
     """Channel i is index i of `axis`."""
-    return torch.arange(shape[axis]).reshape(_only(len(shape), axis % len(shape), shape[axis]))
+    return torch.arange(sizes[axis]).reshape(_only(len(sizes), axis % len(sizes), sizes[axis]))
 
 
 def vector(channels: Tensor, axis: int) -> Tensor | None:
@@ -115,73 +125,75 @@ SLICES = frozenset({"aten::slice", "aten::select", "aten::split", "aten::split_w
 REPEATS = frozenset({"aten::expand", "aten::repeat"})
 
 
-def moves(flow: Flow, node: Node) -> bool:
+def moves(node: fx.Node) -> bool:
     """Whether the node only moves, drops or repeats the elements of its first input."""
     known = SAME | RESHAPES | PERMUTES | SLICES | REPEATS | {"aten::channel_shuffle"}
-    return bool(node.inputs) and (node.name in known or _restrides(flow, node))
+    return bool(inputs_of(node)) and (operator(node) in known or _restrides(node))
 
 
-def _restrides(flow: Flow, node: Node) -> bool:
+def _restrides(node: fx.Node) -> bool:
     """`as_strided` that changes nothing but the strides of dimensions of size one."""
-    if node.name != "aten::as_strided" or flow.shape(node.inputs[0]) != flow.shape(node.outputs[0]):
+    if operator(node) != "aten::as_strided":
         return False
-    tensor = flow.recording.values[node.inputs[0]].tensor
-    pairs = zip(tensor.shape, tensor.stride(), node.args[2], strict=True)
+    source = inputs_of(node)[0]
+    if shape(source) != shape(outputs_of(node)[0]):
+        return False
+    pairs = zip(shape(source), tensor(source).stride(), arguments(node)[2], strict=True)
     return all(size == 1 or old == new for size, old, new in pairs)
 
 
-def forwards(flow: Flow, node: Node, channels: Tensor, output: int) -> Tensor | None:
+def forwards(node: fx.Node, channels: Tensor, output: fx.Node) -> Tensor | None:
     """The channels of an output of a node that `moves`, from those of its input."""
-    before, after = flow.shape(node.inputs[0]), flow.shape(output)
-    if node.name in SAME or node.name == "aten::as_strided":
+    before, after = shape(inputs_of(node)[0]), shape(output)
+    if operator(node) in SAME or operator(node) == "aten::as_strided":
         return channels
-    if node.name in RESHAPES:
+    if operator(node) in RESHAPES:
         return reshaped(channels, before, after)
-    if node.name in PERMUTES:
+    if operator(node) in PERMUTES:
         order = permutation(node, len(before))
         return None if order is None else channels.permute(order)
-    if node.name in REPEATS:
+    if operator(node) in REPEATS:
         return _repeated(channels, before, after)
     return _replayed(node, channels, before, output)
 
 
-def backwards(flow: Flow, node: Node, channels: Tensor, output: int) -> Tensor | None:
+def backwards(node: fx.Node, channels: Tensor, output: fx.Node) -> Tensor | None:
     """The channels of the input of a node that `moves`, from those of one of its outputs.
 
     Elements of the input that do not reach the output are NEUTRAL. None where one element of the
     input would need two channels.
     """
-    before, after = flow.shape(node.inputs[0]), flow.shape(output)
-    if node.name in SAME or node.name == "aten::as_strided":
+    before, after = shape(inputs_of(node)[0]), shape(output)
+    if operator(node) in SAME or operator(node) == "aten::as_strided":
         return channels
-    if node.name in RESHAPES:
+    if operator(node) in RESHAPES:
         return reshaped(channels, after, before)
-    if node.name in PERMUTES:
+    if operator(node) in PERMUTES:
         order = permutation(node, len(before))
         if order is None:
             return None
         return channels.permute([order.index(axis) for axis in range(len(order))])
-    if node.name in REPEATS:
+    if operator(node) in REPEATS:
         return _unrepeated(channels, before, after)
     return _scattered(node, channels, before, output)
 
 
-def whole_before(flow: Flow, node: Node, channels: Tensor) -> Tensor | None:
+def whole_before(node: fx.Node, channels: Tensor) -> Tensor | None:
     """The channels of all of what a node slices along another axis than theirs; None elsewhere."""
-    if node.name not in SLICES:
+    if operator(node) not in SLICES:
         return None
-    rank = len(flow.shape(node.inputs[0]))
+    rank = len(shape(inputs_of(node)[0]))
     axis = _axis(node, rank)
     full = channels if channels.dim() == rank else channels.unsqueeze(axis)
     return None if varies(full, axis) else full
 
 
-def _replayed(node: Node, channels: Tensor, before: Shape, output: int) -> Tensor:
+def _replayed(node: fx.Node, channels: Tensor, before: Shape, output: fx.Node) -> Tensor:
     """The node itself, run on the channels; only the axis it works on is written out."""
     return squeezed(_run(node, _written_out(node, channels, before), output))
 
 
-def _scattered(node: Node, channels: Tensor, before: Shape, output: int) -> Tensor:
+def _scattered(node: fx.Node, channels: Tensor, before: Shape, output: fx.Node) -> Tensor:
     """Run on the numbers of the elements, the node tells where each element of the output was."""
     axis = _axis(node, len(before))
     places = _run(node, along_axis(before, axis), output)
@@ -200,28 +212,29 @@ def _sized(channels: Tensor, axis: int, size: int) -> Tensor:
     return channels.expand(sizes)
 
 
-def _axis(node: Node, rank: int) -> int:
+def _axis(node: fx.Node, rank: int) -> int:
     """The axis that a slicing node works on."""
-    if node.name == "aten::channel_shuffle":
+    if operator(node) == "aten::channel_shuffle":
         return 1
-    position = (
-        1 if node.name in ("aten::slice", "aten::select", "aten::unbind", "aten::narrow") else 2
+    place = (
+        1
+        if operator(node) in ("aten::slice", "aten::select", "aten::unbind", "aten::narrow")
+        else 2
     )
-    return int(node.argument(position, "dim", 0)) % rank
+    return int(argument(node, place, "dim", 0)) % rank
 
 
-def _written_out(node: Node, channels: Tensor, before: Shape) -> Tensor:
+def _written_out(node: fx.Node, channels: Tensor, before: Shape) -> Tensor:
     axis = _axis(node, len(before))
     return _sized(channels, axis, before[axis])
 
 
-def _run(node: Node, numbers: Tensor, output: int) -> Tensor:
-    assert node.op is not None
-    function: Callable[..., Tensor | Sequence[Tensor]] = node.op.target
-    result = function(numbers, *node.args[1:], **node.kwargs)
+def _run(node: fx.Node, numbers: Tensor, output: fx.Node) -> Tensor:
+    function: Any = node.target
+    result: Tensor | Sequence[Tensor] = function(numbers, *node.args[1:], **node.kwargs)
     if isinstance(result, Tensor):
         return result
-    return list(result)[node.outputs.index(output)]
+    return list(result)[outputs_of(node).index(output)]
 
 
 def _repeated(channels: Tensor, before: Shape, after: Shape) -> Tensor | None:

@@ -39,12 +39,17 @@ class Check(Enum):
 
 @dataclass(frozen=True)
 class NoMatch:
-    """Why a rule does not apply to a site: the check that failed, where, and what would help."""
+    """Why a rule does not apply to a site: the check that failed, where, and what would help.
+
+    call: the measured call in which it failed; "" for the example.
+    """
 
     check: Check
     where: str = ""
     hint: str = ""
+    call: str = ""
 
     @property
     def reason(self) -> str:
-        return f"{self.check.value}: {self.where}" if self.where else self.check.value
+        reason = f"{self.check.value}: {self.where}" if self.where else self.check.value
+        return f"{reason} in the call with {self.call}" if self.call else reason

@@ -22,13 +22,12 @@ from normsurgery.fold.standardized_forwards import (
     example_inputs,
     read_standardization,
 )
-from normsurgery.fold.weight_formulas import (
-    RELATIVE,
-    baked,
-    relative_error,
+from normsurgery.fold.weight_formulas import RELATIVE, baked, relative_error
+from normsurgery.norms.weightstandardization import (
+    NORM,
+    WeightStandardization,
     standardization_settings,
 )
-from normsurgery.norms.weightstandardization import WeightStandardization
 from normsurgery.precision import float64_copy, lifted
 from normsurgery.surgery.inherit import HOOKS, tensor_in
 from normsurgery.surgery.references import ModuleReferences
@@ -104,7 +103,7 @@ def _of_parametrization(module: nn.Module, path: str, attribute: str) -> Compute
         settings = standardization_settings(one.eps, output_axis=one.output_axis, groups=one.groups)
         return replace(
             found,
-            kind="weightstandardization",
+            kind=NORM.name,
             tensors={"weight": prefix + "original"},
             settings=settings,
         )
@@ -146,7 +145,7 @@ def _has_own_forward(module: nn.Module) -> bool:
 
 def _of_forward(module: nn.Module, path: str) -> ComputedWeight | None:
     found = ComputedWeight(
-        module, path, "weight", "weightstandardization", {"weight": "weight"}, {}, in_forward=True
+        module, path, "weight", NORM.name, {"weight": "weight"}, {}, in_forward=True
     )
     try:
         if not computes_its_weight(_without_hooks(tree_copy(module))):

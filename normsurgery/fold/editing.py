@@ -13,8 +13,8 @@ from normsurgery.fold.channel_pad import why_not_held
 from normsurgery.fold.checks import Check, NoMatch
 from normsurgery.fold.edits import Bake, Copy, Create, Drop, Edit, reads, writes
 from normsurgery.fold.running import run
-from normsurgery.plan import Step
 from normsurgery.spec import Source
+from normsurgery.steps import Step
 
 
 class CannotHold(NormsurgeryError):

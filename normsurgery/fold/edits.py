@@ -17,15 +17,15 @@ from typing import Any, Literal
 class Vector:
     """A scale or a shift per channel, computed in float64 where an Edit uses it.
 
-    tensors: role -> name. With `running_var` among the roles it is what a norm with these
-        statistics does in eval; otherwise `weight + weight_offset` (scale) and `bias` (shift).
-        A role that is not there is neutral.
-    settings: `eps`, `weight_offset` and `features` of the norm, as JSON values; with `operations`
+    tensors: role -> name. A role that is not there is neutral.
+    settings: those that the norm computes it by, and `features`, as JSON values; with `operations`
         also `channel_axis` and `shape`, that of the input they were recorded on.
     operations: instead of roles that are known, the recorded ATen operations (graph.operations)
         of a per-channel affine function, whose scale is f(1) - f(0) and whose shift is f(0).
     index: element i of the vector is the channel `index[i]`; -1 is neutral (1 or 0). None: as is.
     factor: what the shift is multiplied by.
+    kind: the norm whose spec says what it is in eval, or what comes last in it; without one it is
+        `weight + weight_offset` (scale) and `bias` (shift).
     """
 
     part: Literal["scale", "shift"]
@@ -34,17 +34,7 @@ class Vector:
     operations: tuple[Mapping[str, Any], ...] | None = None
     index: tuple[int, ...] | None = None
     factor: float = 1.0
-
-    @property
-    def roles(self) -> tuple[str, ...]:
-        """The roles, of those in `tensors`, whose values it is computed from."""
-        if self.operations is not None:
-            return tuple(self.tensors)
-        used: tuple[str, ...] = ("weight", "running_var")
-        if self.part == "shift":
-            statistics = ("weight", "running_mean", "running_var")
-            used = ("bias", *(statistics if "running_var" in self.tensors else ()))
-        return tuple(role for role in used if role in self.tensors)
+    kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -144,7 +134,7 @@ class Bake:
 
 @dataclass(frozen=True)
 class AddKernel:
-    """target += source, a smaller kernel put at offset `at` in each spatial dimension.
+    """target += factor * source, a smaller kernel put at offset `at` in each spatial dimension.
 
     Both are weights of convolutions with the same groups.
     """
@@ -152,24 +142,28 @@ class AddKernel:
     target: str
     source: str
     at: tuple[int, ...]
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)
 class AddTensor:
-    """target += source, of the same shape (the biases of parallel branches)."""
+    """target += factor * source, of the same shape (the biases of parallel branches)."""
 
     target: str
     source: str
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)
 class AddIdentity:
-    """target, the weight of a convolution with `groups`, += the kernel of x -> by * x, at `at`."""
+    """target, the weight of a convolution with `groups`, += factor times the kernel of x -> by * x,
+    at `at`."""
 
     target: str
     by: Vector | None
     at: tuple[int, ...]
     groups: int = 1
+    factor: float = 1.0
 
 
 Edit = (
@@ -215,7 +209,7 @@ def _reads(edit: Edit) -> tuple[str, ...]:
 
 
 def _of_vector(vector: Vector | None) -> tuple[str, ...]:
-    return () if vector is None else tuple(vector.tensors[role] for role in vector.roles)
+    return () if vector is None else tuple(vector.tensors.values())
 
 
 def writes(edit: Edit) -> tuple[str, ...]:

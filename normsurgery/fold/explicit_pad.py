@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from normsurgery.fold.channel_pad import CONVOLUTIONS
 from normsurgery.fold.checks import Check
@@ -23,7 +23,7 @@ from normsurgery.fold.ground import (
 )
 from normsurgery.fold.landings import CONVOLUTION, layer, on_input
 from normsurgery.fold.merged_layers import on_merged_input
-from normsurgery.graph.flow import Node
+from normsurgery.graph.nodes import argument, arguments, module_of, operator, outputs_of, shape
 
 PADDING, TRANSPOSED = 4, 6  # places among the arguments of a convolution
 PAD = "aten::constant_pad_nd"  # what `padding="same"` runs for a kernel of even size
@@ -40,11 +40,11 @@ class Padded:
     landings: tuple[Landing, ...]
     amounts: tuple[int, ...]
     paths: tuple[str, ...]
-    changed: frozenset[int]
+    changed: frozenset[fx.Node]
     elements: int
 
 
-def padded_readers(ground: Ground, value: int, channels: Tensor, affine: Affine) -> Padded:
+def padded_readers(ground: Ground, value: fx.Node, channels: Tensor, affine: Affine) -> Padded:
     """Everything that reads the value. Raises Refused; NO_NEIGHBOUR where nothing pads it."""
     readers = _readers(ground, value)
     if not any(any(reader.amounts) for reader in readers if reader.is_convolution):
@@ -54,7 +54,7 @@ def padded_readers(ground: Ground, value: int, channels: Tensor, affine: Affine)
     if value in ground.flow.kept:
         raise Refused(Check.OUTPUT_USED, f"{ground.name(value)} is kept in an attribute")
     changed = frozenset({value, *(v for reader in readers for v in reader.between)})
-    if not changed.isdisjoint(ground.located.recording.measured):
+    if not changed.isdisjoint(ground.flow.measured):
         where = f"the size of {ground.name(value)} is read, which an explicit padding changes"
         raise Refused(Check.ZERO_PADDING, where)
     amounts = _common(ground, readers)
@@ -64,7 +64,7 @@ def padded_readers(ground: Ground, value: int, channels: Tensor, affine: Affine)
         amounts,
         tuple(dict.fromkeys(path for _, path in found)),
         changed,
-        _elements(ground.flow.shape(value), amounts),
+        _elements(shape(value), amounts),
     )
 
 
@@ -76,10 +76,10 @@ class _Reader:
     parallel branches have become, instead of a convolution; `node` is one of theirs.
     """
 
-    node: Node
-    convolution: Node | None
+    node: fx.Node
+    convolution: fx.Node | None
     amounts: tuple[int, ...]
-    between: tuple[int, ...] = ()
+    between: tuple[fx.Node, ...] = ()
     merged: MergedLayer | None = None
 
     @property
@@ -87,36 +87,40 @@ class _Reader:
         return self.convolution is not None or self.merged is not None
 
     @classmethod
-    def of(cls, ground: Ground, value: int, node: Node) -> _Reader:
-        if node.name == CONVOLUTION:
-            return cls(node, node, _amounts(node, len(ground.flow.shape(value)) - 2))
-        if node.name != PAD:
+    def of(cls, ground: Ground, value: fx.Node, node: fx.Node) -> _Reader:
+        if operator(node) == CONVOLUTION:
+            return cls(node, node, _amounts(node, len(shape(value)) - 2))
+        if operator(node) != PAD:
             return cls(node, None, ())
-        (padded,) = node.outputs
+        (padded,) = outputs_of(node)
         after = ground.flow.readers(padded)
-        own = len(after) == 1 and after[0].name == CONVOLUTION and after[0].module is node.module
-        if not own or node.argument(2, "value", 0):
+        own = (
+            len(after) == 1
+            and operator(after[0]) == CONVOLUTION
+            and module_of(after[0]) is module_of(node)
+        )
+        if not own or argument(node, 2, "value", 0):
             return cls(node, None, ())
-        sizes = tuple(int(size) for size in node.args[1])
-        rest = _amounts(after[0], len(ground.flow.shape(value)) - 2)
+        sizes = tuple(int(size) for size in arguments(node)[1])
+        rest = _amounts(after[0], len(shape(value)) - 2)
         sizes += (0,) * (len(rest) - len(sizes))
         both = tuple(a + b for a, b in zip(sizes, rest, strict=True))
         return cls(node, after[0], both, (padded,))
 
 
-def _readers(ground: Ground, value: int) -> list[_Reader]:
-    merged = [found for found in ground.merged if found.source == value]
-    inside = {node.index for found in merged for node in found.nodes}
-    outside = [node for node in ground.flow.readers(value) if node.index not in inside]
+def _readers(ground: Ground, value: fx.Node) -> list[_Reader]:
+    merged = [found for found in ground.merged if found.source is value]
+    inside = {node for found in merged for node in found.nodes}
+    outside = [node for node in ground.flow.readers(value) if node not in inside]
     return [
         *(_Reader.of(ground, value, node) for node in outside),
         *(_Reader(m.nodes[-1], None, _as_given(m.padding), merged=m) for m in merged),
     ]
 
 
-def _amounts(node: Node, dimensions: int) -> tuple[int, ...]:
+def _amounts(node: fx.Node, dimensions: int) -> tuple[int, ...]:
     """What a convolution pads, as F.pad takes it."""
-    given = [int(size) for size in node.args[PADDING]]
+    given = [int(size) for size in arguments(node)[PADDING]]
     return _as_given(given * (dimensions // len(given)))
 
 
@@ -128,7 +132,7 @@ def _common(ground: Ground, readers: Sequence[_Reader]) -> tuple[int, ...]:
     """What all readers pad. Raises Refused."""
     for reader in readers:
         if not reader.is_convolution:
-            name = reader.node.name.removeprefix("aten::")
+            name = operator(reader.node).removeprefix("aten::")
             raise Refused(
                 Check.ZERO_PADDING,
                 f"{name} in {ground.path(reader.node)} reads its output too, and would see an "
@@ -146,17 +150,17 @@ def _common(ground: Ground, readers: Sequence[_Reader]) -> tuple[int, ...]:
 
 
 def _landing(
-    ground: Ground, value: int, reader: _Reader, channels: Tensor, affine: Affine
+    ground: Ground, value: fx.Node, reader: _Reader, channels: Tensor, affine: Affine
 ) -> tuple[Landing, str]:
     """On the convolution as if it did not pad, and the path of its module. Raises Refused."""
     if reader.merged is not None:
         unpadded = replace(reader.merged, padding=())
         return on_merged_input(ground, unpadded, channels, affine), unpadded.path
     node, path = _required(ground, value, reader)
-    return on_input(ground, _unpadded(node), channels, affine), path
+    return on_input(ground, node, channels, affine, pads=False), path
 
 
-def _required(ground: Ground, value: int, reader: _Reader) -> tuple[Node, str]:
+def _required(ground: Ground, value: fx.Node, reader: _Reader) -> tuple[fx.Node, str]:
     """The convolution and the path of its module, which can do without padding. Raises Refused."""
     node = reader.convolution
     assert node is not None
@@ -164,7 +168,7 @@ def _required(ground: Ground, value: int, reader: _Reader) -> tuple[Node, str]:
     found = layer(ground, node)
     if found.input not in (value, *reader.between):
         raise Refused(Check.UNKNOWN, f"{where} multiplies with it")
-    if node.args[TRANSPOSED]:
+    if arguments(node)[TRANSPOSED]:
         raise Refused(Check.ZERO_PADDING, f"{where} is transposed: its padding takes away")
     module = ground.child_of(node, found.weight)
     plain = isinstance(module, CONVOLUTIONS) and is_torch_layer(module)
@@ -173,18 +177,12 @@ def _required(ground: Ground, value: int, reader: _Reader) -> tuple[Node, str]:
             Check.ZERO_PADDING, f"{where} is no module of torch's, whose padding is known"
         )
     assert module is not None
-    return node, ground.located.recording.path(module)
+    return node, ground.flow.path(module)
 
 
-def _unpadded(node: Node) -> Node:
-    """The convolution as it is with nothing left to pad."""
-    none = [0] * len(node.args[PADDING])
-    return replace(node, args=(*node.args[:PADDING], none, *node.args[PADDING + 1 :]))
-
-
-def _elements(shape: Sequence[int], amounts: Sequence[int]) -> int:
+def _elements(sizes: Sequence[int], amounts: Sequence[int]) -> int:
     before = after = 1
-    for place, size in enumerate(reversed(shape)):
+    for place, size in enumerate(reversed(sizes)):
         around = sum(amounts[2 * place : 2 * place + 2])
         before, after = before * size, after * (size + around)
     return after - before

@@ -11,15 +11,17 @@ from torch.export import ExportedProgram
 
 from normsurgery.errors import UsageError
 from normsurgery.fold.carrying_out import carried_out
-from normsurgery.fold.ground import Choices
+from normsurgery.fold.ground import choices_of
 from normsurgery.fold.planning import Planner, Request
 from normsurgery.fold.programs import folded_program
 from normsurgery.fold.pruning import prune_identities
 from normsurgery.fold.speed import measure_speed
+from normsurgery.fold.untied_flags import correct_ties
 from normsurgery.inputs import as_inputs, infer
 from normsurgery.plan import Plan, versions
 from normsurgery.randomstate import random_state_kept
 from normsurgery.report import Report
+from normsurgery.steps import FoldStep, Merge
 from normsurgery.surgery.application import Applied, apply
 from normsurgery.surgery.calls import recorded_calls
 from normsurgery.surgery.journal import Journal
@@ -33,7 +35,6 @@ if TYPE_CHECKING:
 
 
 Model = TypeVar("Model", bound=nn.Module | ExportedProgram)
-PADS = ("refuse", "explicit")
 
 
 def fold(
@@ -81,15 +82,9 @@ def fold(
     if plan is not None:
         _require_fold(plan, chosen=kind is not None or bool(only) or bool(exclude))
     inner, notes = _opened(model, inplace)
-    notes += _eval_notes(inner, eval)
+    notes += switched_to_eval(inner, eval)
     given = infer(model) if inputs is None else as_inputs(inputs)
-    if pad not in PADS:
-        raise UsageError(f"pad is {pad!r}; it must be one of: {', '.join(PADS)}.")
-    choices = Choices(
-        untie=untie,
-        explicit_pad=pad == "explicit",
-        rmsnorm=rmsnorm,
-    )
+    choices = choices_of(rmsnorm=rmsnorm, pad=pad, untie=untie)
     changed: Any
     with random_state_kept(inner):
         original = tree_copy(inner, clone=True) if inplace else inner
@@ -141,14 +136,14 @@ def _opened(model: nn.Module | ExportedProgram, inplace: bool) -> tuple[nn.Modul
 def _require_fold(plan: Plan, *, chosen: bool) -> None:
     if chosen:
         raise UsageError("a plan is complete: leave out kind, only and exclude.")
-    other = next((step for step in plan.steps if step.action != "fold"), None)
+    other = next((step for step in plan.steps if not isinstance(step, FoldStep)), None)
     if other is not None:
         raise UsageError(
             f"this is no plan of a fold: it would {other.action} {other.site.label}. Use swap."
         )
 
 
-def _eval_notes(model: nn.Module, switch: bool) -> tuple[str, ...]:
+def switched_to_eval(model: nn.Module, switch: bool) -> tuple[str, ...]:
     """What is switched to eval mode. Raises UsageError where that was not asked for."""
     if not has_mode(model):
         return ()
@@ -172,8 +167,11 @@ def _in_eval(model: nn.Module) -> nn.Module:
 
 def _apply(original: nn.Module, working: nn.Module, plan: Plan, inputs: Inputs) -> Applied:
     owners = dict.fromkeys(step.site.path for step in plan.steps if step.site.form != "module")
+    owners |= dict.fromkeys(step.owner for step in plan.steps if isinstance(step, Merge))
     calls = recorded_calls(original, list(owners), inputs) if owners else {}
-    return apply(working, plan, calls)
+    applied = apply(working, plan, calls)
+    correct_ties(applied.model, plan)
+    return applied
 
 
 def _in_place(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from normsurgery.fold.channels import NEUTRAL, forwards, moves, squeezed, varies
 from normsurgery.fold.checks import Check
@@ -29,7 +29,7 @@ from normsurgery.fold.linearity import (
 )
 from normsurgery.fold.merged_layers import on_merged_input
 from normsurgery.fold.norm_landings import on_norm_input
-from normsurgery.graph.flow import Node
+from normsurgery.graph.nodes import argument, inputs_of, operator, outputs_of, shape
 
 
 class Forward:
@@ -38,10 +38,10 @@ class Forward:
     def __init__(self, ground: Ground) -> None:
         self.ground = ground
         self.flow = ground.flow
-        self.changed: set[int] = set()
-        self.products: set[int] = set()
+        self.changed: set[fx.Node] = set()
+        self.products: set[fx.Node] = set()
 
-    def consumers(self, value: int, channels: Tensor, affine: Affine) -> list[Landing]:
+    def consumers(self, value: fx.Node, channels: Tensor, affine: Affine) -> list[Landing]:
         """Raises Refused where anything else reads the value."""
         if bool((channels == NEUTRAL).all()):
             return []
@@ -52,40 +52,42 @@ class Forward:
             raise Refused(Check.OUTPUT_USED, f"{self.ground.name(value)} is kept in an attribute")
         landings: list[Landing] = []
         # A branch of a merged layer reads what the layer reads, maybe behind a norm that is gone.
-        passed = {node.index for merged in self.ground.merged for node in merged.nodes}
+        passed = {node for merged in self.ground.merged for node in merged.nodes}
         for run in self.ground.gone_from(value):
-            passed |= {node.index for node in run.nodes}
+            passed.update(run.nodes)
             landings += self.consumers(run.end, channels, affine)
-        for merged in (m for m in self.ground.merged if m.source == value):
+        for merged in (m for m in self.ground.merged if m.source is value):
             landings.append(on_merged_input(self.ground, merged, channels, affine))
         for run in self.ground.going_from(value):
             landing = on_norm_input(self.ground, run, channels, affine)
             if landing is not None:
-                self.changed |= {v for node in run.nodes for v in node.outputs} - {run.end}
-                passed |= {node.index for node in run.nodes}
+                self.changed |= {v for node in run.nodes for v in outputs_of(node)} - {run.end}
+                passed.update(run.nodes)
                 landings.append(landing)
         for node in self.flow.readers(value):
-            if node.index not in passed:
+            if node not in passed:
                 landings += self._read(node, value, channels, affine)
         return landings
 
-    def _read(self, node: Node, value: int, channels: Tensor, affine: Affine) -> list[Landing]:
+    def _read(
+        self, node: fx.Node, value: fx.Node, channels: Tensor, affine: Affine
+    ) -> list[Landing]:
         if is_layer(self.ground, node):
-            if layer(self.ground, node).input != value:
+            if layer(self.ground, node).input is not value:
                 raise Refused(Check.UNKNOWN, f"{self.ground.path(node)} multiplies with it")
             return [on_input(self.ground, node, channels, affine)]
-        if moves(self.flow, node) and node.inputs[0] == value:
+        if moves(node) and inputs_of(node)[0] is value:
             return self._moved(node, channels, affine)
-        step = _STEPS.get(node.name)
+        step = _STEPS.get(operator(node))
         if step is None:
-            name = node.name.removeprefix("aten::")
+            name = operator(node).removeprefix("aten::")
             raise Refused(why_not(node), f"{name} in {self.ground.path(node)}")
         return step(self, node, value, channels, affine)
 
-    def _moved(self, node: Node, channels: Tensor, affine: Affine) -> list[Landing]:
+    def _moved(self, node: fx.Node, channels: Tensor, affine: Affine) -> list[Landing]:
         landings: list[Landing] = []
-        for output in node.outputs:
-            found = forwards(self.flow, node, channels, output)
+        for output in outputs_of(node):
+            found = forwards(node, channels, output)
             if found is None:
                 raise Refused(
                     Check.AXIS, f"{self.ground.path(node)} mixes the channels with others"
@@ -93,27 +95,31 @@ class Forward:
             landings += self.consumers(output, found, affine)
         return landings
 
-    def _cat(self, node: Node, value: int, channels: Tensor, affine: Affine) -> list[Landing]:
+    def _cat(
+        self, node: fx.Node, value: fx.Node, channels: Tensor, affine: Affine
+    ) -> list[Landing]:
         """The other parts stay neutral."""
-        (output,) = node.outputs
-        shape = self.flow.shape(output)
-        axis = int(node.argument(1, "dim", 0)) % len(shape)
+        (output,) = outputs_of(node)
+        full = shape(output)
+        axis = int(argument(node, 1, "dim", 0)) % len(full)
         sizes = list(channels.shape)
-        sizes[axis] = shape[axis]
+        sizes[axis] = full[axis]
         found = channels.new_full(sizes, NEUTRAL)
         start = 0
-        for part in node.inputs:
-            size = self.flow.shape(part)[axis]
-            if part == value and size:
+        for part in inputs_of(node):
+            size = shape(part)[axis]
+            if part is value and size:
                 spread = list(channels.shape)
                 spread[axis] = size
                 found.narrow(axis, start, size).copy_(channels.expand(spread))
             start += size
         return self.consumers(output, squeezed(found), affine)
 
-    def _average(self, node: Node, value: int, channels: Tensor, affine: Affine) -> list[Landing]:
-        (output,) = node.outputs
-        found = averaged_forwards(node, channels, self.flow.shape(output))
+    def _average(
+        self, node: fx.Node, value: fx.Node, channels: Tensor, affine: Affine
+    ) -> list[Landing]:
+        (output,) = outputs_of(node)
+        found = averaged_forwards(node, channels, shape(output))
         if found is None:
             raise Refused(Check.AXIS, f"{self.ground.path(node)} averages over the channels")
         if affine.shift is not None and not averages_evenly(node):
@@ -122,46 +128,56 @@ class Forward:
             )
         return self.consumers(output, found, affine)
 
-    def _padded(self, node: Node, value: int, channels: Tensor, affine: Affine) -> list[Landing]:
+    def _padded(
+        self, node: fx.Node, value: fx.Node, channels: Tensor, affine: Affine
+    ) -> list[Landing]:
         axes = padded_axes(node, channels.dim())
         if affine.shift is not None and axes and not pads_with_values(node):
             raise Refused(Check.ZERO_PADDING, f"{self.ground.path(node)} pads with a constant")
         if any(varies(channels, axis) for axis in axes):
             raise Refused(Check.AXIS, f"{self.ground.path(node)} pads the channels")
-        return self.consumers(node.outputs[0], channels, affine)
+        return self.consumers(outputs_of(node)[0], channels, affine)
 
-    def _gathered(self, node: Node, value: int, channels: Tensor, affine: Affine) -> list[Landing]:
-        axes = gathered_axes(self.flow, node) if node.inputs[0] == value else None
+    def _gathered(
+        self, node: fx.Node, value: fx.Node, channels: Tensor, affine: Affine
+    ) -> list[Landing]:
+        axes = gathered_axes(node) if inputs_of(node)[0] is value else None
         if axes is None or any(varies(channels, axis) for axis in axes):
             raise Refused(Check.AXIS, f"{self.ground.path(node)} gathers channels")
-        return self.consumers(node.outputs[0], channels, affine)
+        return self.consumers(outputs_of(node)[0], channels, affine)
 
-    def _times(self, node: Node, value: int, channels: Tensor, affine: Affine) -> list[Landing]:
-        if len(node.inputs) == 2:
+    def _times(
+        self, node: fx.Node, value: fx.Node, channels: Tensor, affine: Affine
+    ) -> list[Landing]:
+        if len(inputs_of(node)) == 2:
             return self._product(node, value, channels, affine)
         number = number_of(node)
         if not number:
             raise Refused(Check.NON_LINEAR, f"a product in {self.ground.path(node)}")
-        return self.consumers(node.outputs[0], channels, affine.over(1.0 / number))
+        return self.consumers(outputs_of(node)[0], channels, affine.over(1.0 / number))
 
-    def _product(self, node: Node, value: int, channels: Tensor, affine: Affine) -> list[Landing]:
+    def _product(
+        self, node: fx.Node, value: fx.Node, channels: Tensor, affine: Affine
+    ) -> list[Landing]:
         """(scale * x) * g is scale * (x * g), whatever g is, as long as it stays what it is."""
-        divided = node.name == "aten::div" and node.inputs[0] != value
-        if affine.shift is not None or divided or node.index in self.products:
+        divided = operator(node) == "aten::div" and inputs_of(node)[0] is not value
+        if affine.shift is not None or divided or node in self.products:
             raise Refused(Check.NON_LINEAR, f"a product in {self.ground.path(node)}")
-        self.products.add(node.index)
-        (output,) = node.outputs
-        shape = self.flow.shape(output)
-        own = channels.reshape([1] * (len(shape) - channels.dim()) + list(channels.shape))
-        if any(size not in (1, full) for size, full in zip(own.shape, shape, strict=True)):
+        self.products.add(node)
+        (output,) = outputs_of(node)
+        sizes = shape(output)
+        own = channels.reshape([1] * (len(sizes) - channels.dim()) + list(channels.shape))
+        if any(size not in (1, full) for size, full in zip(own.shape, sizes, strict=True)):
             raise Refused(Check.AXIS, f"{self.ground.path(node)} repeats one channel over all")
         return self.consumers(output, own, affine)
 
-    def _added(self, node: Node, value: int, channels: Tensor, affine: Affine) -> list[Landing]:
+    def _added(
+        self, node: fx.Node, value: fx.Node, channels: Tensor, affine: Affine
+    ) -> list[Landing]:
         raise Refused(Check.ADDED, f"in {self.ground.path(node)}")
 
 
-Step = Callable[[Forward, Node, int, Tensor, Affine], list[Landing]]
+Step = Callable[[Forward, fx.Node, fx.Node, Tensor, Affine], list[Landing]]
 _STEPS: dict[str, Step] = {
     "aten::add": Forward._added,
     "aten::sub": Forward._added,

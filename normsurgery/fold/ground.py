@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from torch import nn
+from torch import fx, nn
 
+from normsurgery.errors import UsageError
 from normsurgery.find import Located
 from normsurgery.fold.checks import Check, NoMatch
 from normsurgery.fold.edits import Edit, Vector
-from normsurgery.graph.flow import Flow, Node, Operand, is_plain
+from normsurgery.graph import Flow
+from normsurgery.graph.calls import values_in
+from normsurgery.graph.flow import Operand, is_plain
+from normsurgery.graph.nodes import inputs_of, maker, module_of, name_of, operator, outputs_of
 from normsurgery.survey import Site
 
 
@@ -23,9 +27,9 @@ class Refused(Exception):
 
     def in_call(self, name: str) -> Refused:
         """The same, of another call than the example."""
-        match = self.match
-        where = f"{match.where} in the call with {name}" if match.where else f"with {name}"
-        return Refused(match.check, where, match.hint)
+        found = Refused(self.match.check, self.match.where, self.match.hint)
+        found.match = replace(self.match, call=name)
+        return found
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,16 @@ class Choices:
     explicit_pad: bool = False
     keep_classes: bool = False
     rmsnorm: bool = False
+
+
+PADS = ("refuse", "explicit")
+
+
+def choices_of(*, rmsnorm: bool, pad: str, untie: bool) -> Choices:
+    """As the verbs take them. Raises UsageError."""
+    if pad not in PADS:
+        raise UsageError(f"pad is {pad!r}; it must be one of: {', '.join(PADS)}.")
+    return Choices(untie=untie, explicit_pad=pad == "explicit", rmsnorm=rmsnorm)
 
 
 @dataclass(frozen=True)
@@ -77,7 +91,7 @@ class Landing:
     tensors: the named tensors that change; every use of them must land with the same edits.
     """
 
-    nodes: tuple[Node, ...]
+    nodes: tuple[fx.Node, ...]
     tensors: tuple[Operand, ...]
     edits: tuple[Edit, ...]
 
@@ -87,9 +101,9 @@ class Run:
     """One run of a norm: the values it begins and ends with, and the nodes in between."""
 
     site: Site
-    start: int
-    end: int
-    nodes: tuple[Node, ...]
+    start: fx.Node
+    end: fx.Node
+    nodes: tuple[fx.Node, ...]
 
 
 @dataclass(frozen=True)
@@ -97,12 +111,13 @@ class MergedLayer:
     """Parallel branches that are one layer from now on: everything that makes `output` of `source`.
 
     weight, bias: the names of its tensors; the bias may have to be created. shape: of the weight.
-    channel_axis: that of input and output. padding: with zeros, by spatial dimension.
+    channel_axis: that of input and output. padding: with zeros, by spatial dimension. centre: where
+    in the weight the kernel of an identity lies; None where it has no place there.
     """
 
-    source: int
-    output: int
-    nodes: tuple[Node, ...]
+    source: fx.Node
+    output: fx.Node
+    nodes: tuple[fx.Node, ...]
     weight: str
     bias: str
     has_bias: bool
@@ -110,6 +125,7 @@ class MergedLayer:
     channel_axis: int
     groups: int
     padding: tuple[int, ...]
+    centre: tuple[int, ...] | None = None
 
     @property
     def pads(self) -> bool:
@@ -140,17 +156,17 @@ class Ground:
     counted: Sequence[str] | None = None
     flow: Flow = field(init=False)
     runs: dict[int, tuple[Run, ...]] = field(init=False)
-    ends: dict[int, Run] = field(init=False)
-    gone: dict[int, int] = field(default_factory=dict)
+    ends: dict[fx.Node, Run] = field(init=False)
+    gone: dict[fx.Node, fx.Node] = field(default_factory=dict)
     settled: set[int] = field(default_factory=set)
     created: set[str] = field(default_factory=set)
-    untied: dict[str, frozenset[int]] = field(default_factory=dict)
+    untied: dict[str, frozenset[fx.Node]] = field(default_factory=dict)
     merged: list[MergedLayer] = field(default_factory=list)
-    changed: set[int] = field(default_factory=set)
-    absorbing: set[int] = field(default_factory=set)
+    changed: set[fx.Node] = field(default_factory=set)
+    absorbing: set[fx.Node] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.flow = Flow(self.located.recording, self.counted)
+        self.flow = self.located.recording.counting(self.counted)
         self.runs = {
             site.index: tuple(
                 Run(site, start, end, self.flow.between(start, end))
@@ -185,11 +201,11 @@ class Ground:
     def site(self, index: int) -> Site:
         return next(site for site in self.located.survey if site.index == index)
 
-    def gone_from(self, value: int) -> tuple[Run, ...]:
+    def gone_from(self, value: fx.Node) -> tuple[Run, ...]:
         """The runs of norms that began with this value, and are gone."""
-        return tuple(self.ends[end] for end, start in self.gone.items() if start == value)
+        return tuple(self.ends[end] for end, start in self.gone.items() if start is value)
 
-    def going_from(self, value: int) -> tuple[Run, ...]:
+    def going_from(self, value: fx.Node) -> tuple[Run, ...]:
         """The runs of norms that begin with this value, and are still what they were.
 
         One of which nothing comes is left out, as it is among the readers of the value.
@@ -197,32 +213,39 @@ class Ground:
         return tuple(
             run
             for run in self.ends.values()
-            if run.start == value and run.end not in self.gone
+            if run.start is value and run.end not in self.gone
             if run.site.index not in self.settled and self._is_wanted(run.end)
         )
 
-    def _is_wanted(self, value: int) -> bool:
+    def _is_wanted(self, value: fx.Node) -> bool:
         flow = self.flow
         return bool(flow.readers(value)) or value in flow.returned or value in flow.kept
+
+    def givers(self, values: Collection[fx.Node]) -> tuple[str, ...]:
+        """The modules whose output one of the values is."""
+        calls = self.located.recording.module_calls
+        given = [call for call in calls if not set(values).isdisjoint(values_in(call.output))]
+        paths = (self.located.recording.path(call.module) for call in given)
+        return tuple(dict.fromkeys(path for path in paths if path))
 
     def changed_outputs(self) -> tuple[str, ...]:
         """The outputs that do not count and that hold other numbers by now."""
         changed = set(self.changed)
-        for node in self.flow.nodes:
-            if node.index not in self.absorbing and not changed.isdisjoint(node.inputs):
-                changed.update(node.outputs)
+        for node in self.flow.operations:
+            if node not in self.absorbing and not changed.isdisjoint(inputs_of(node)):
+                changed.update(outputs_of(node))
         beside = {n: v for n, v in self.flow.outputs.items() if v not in self.flow.returned}
         return tuple(name for name, value in beside.items() if value in changed)
 
-    def path(self, node: Node) -> str:
+    def path(self, node: fx.Node) -> str:
         """Where a node stands, for people."""
-        module = node.module
-        path = "" if module is None else self.located.recording.path(module)
-        return path or node.name.removeprefix("aten::")
+        module = module_of(node)
+        path = "" if module is None else self.flow.path(module)
+        return path or operator(node).removeprefix("aten::")
 
-    def require_only(self, value: int, readers: Iterable[Node], what: str = "") -> None:
+    def require_only(self, value: fx.Node, readers: Iterable[fx.Node], what: str = "") -> None:
         """Raises Refused unless nothing but `readers` reads the value."""
-        allowed = {node.index for node in readers}
+        allowed = set(readers)
         flow = self.flow
         if value in flow.returned:
             raise Refused(Check.OUTPUT_USED, f"{what or self.name(value)} is returned by the model")
@@ -231,7 +254,7 @@ class Ground:
                 Check.OUTPUT_USED, f"{what or self.name(value)} is kept in an attribute of a module"
             )
         for reader in flow.readers(value):
-            if reader.index not in allowed:
+            if reader not in allowed:
                 raise Refused(
                     Check.OUTPUT_USED,
                     f"{what or self.name(value)} is read by {self.path(reader)} as well",
@@ -240,17 +263,17 @@ class Ground:
     def require_inner(self, run: Run) -> None:
         """Nothing outside the norm reads what it computes on the way. Raises Refused."""
         for node in run.nodes:
-            for output in node.outputs:
-                if output != run.end:
+            for output in outputs_of(node):
+                if output is not run.end:
                     self.require_only(output, run.nodes, "a value inside the norm")
 
-    def name(self, value: int) -> str:
-        maker = self.flow.maker(value)
-        if maker is None:
-            return self.located.recording.values[value].name or "an input"
-        return f"the output of {self.path(maker)}"
+    def name(self, value: fx.Node) -> str:
+        made_by = maker(value)
+        if made_by is None:
+            return name_of(value) or "an input"
+        return f"the output of {self.path(made_by)}"
 
-    def weight(self, value: int, node: Node) -> Operand:
+    def weight(self, value: fx.Node, node: fx.Node) -> Operand:
         """The named tensor that a node reads as its weight. Raises Refused."""
         operand = self.flow.operand(value)
         if operand is None:
@@ -265,9 +288,9 @@ class Ground:
             )
         return operand
 
-    def child_of(self, node: Node, operand: Operand) -> nn.Module | None:
+    def child_of(self, node: fx.Node, operand: Operand) -> nn.Module | None:
         """The module that runs the node with this tensor as its own `weight`."""
-        module = node.module
+        module = module_of(node)
         own = None if module is None else module._parameters.get("weight")
         return module if own is operand.tensor else None
 

@@ -12,13 +12,12 @@ from normsurgery.errors import NormsurgeryError
 from normsurgery.find.by_type import all_paths
 from normsurgery.fold.checks import Check, NoMatch
 from normsurgery.fold.edits import Copy, Drop
-from normsurgery.norms.gates import GateTap
-from normsurgery.norms.neuronwise import Neuronwise
-from normsurgery.plan import INFERENCE_FORM, Step
 from normsurgery.spec import Fidelity, NormSpec
+from normsurgery.steps import Step, Strip
 from normsurgery.surgery.inherit import hooks, tensor_in, tie
+from normsurgery.surgery.references import ModuleReferences
 from normsurgery.surgery.source import module_at
-from normsurgery.surgery.tree import held_elsewhere, replace_everywhere
+from normsurgery.surgery.tree import replace_everywhere
 from normsurgery.survey import Site, Skip, Survey
 
 
@@ -90,22 +89,14 @@ def apply_strip(model: nn.Module, step: Step) -> nn.Module:
         tie([(new, new_name)], tensor_in(old, old_name))
     hooks(old, new)
     model = replace_everywhere(model, old, new)
-    return _without_idle_taps(model)
-
-
-def _without_idle_taps(model: nn.Module) -> nn.Module:
-    """The activations themselves, where no layer waits for what their taps tell."""
-    layers = [module for module in model.modules() if isinstance(module, Neuronwise)]
-    waited_for = {id(layer.link) for layer in layers}
-    for tap in [module for module in model.modules() if isinstance(module, GateTap)]:
-        if id(tap.link) not in waited_for:
-            model = replace_everywhere(model, tap, tap.inner)
+    for left, instead in spec.idle(model) if spec.idle is not None else ():
+        model = replace_everywhere(model, left, instead)
     return model
 
 
 def _step(model: nn.Module, module: nn.Module, spec: NormSpec, site: Site) -> Step | NoMatch:
     assert spec.strip is not None
-    holder = held_elsewhere(model, module)
+    holder = ModuleReferences(model).holder_of(module)
     if holder is not None:
         where = f"it is also held by {holder}, outside the module tree"
         return NoMatch(Check.NOT_REWRITABLE, where)
@@ -118,13 +109,11 @@ def _step(model: nn.Module, module: nn.Module, spec: NormSpec, site: Site) -> St
     names = _names(module, left, spec)
     renamed = {old: new for old, new in names.items() if old != new}
     gone = [name for name in module.state_dict() if names.get(name) != name]
-    return Step(
+    return Strip(
         site=site,
         to=kind,
         options={},
         fidelity=Fidelity.FORWARD if spec.attach == "layer" else Fidelity.EVAL,
-        action="fold",
-        rule=INFERENCE_FORM,
         edits=(
             *(Copy(prefix + new, prefix + old) for old, new in renamed.items()),
             *(Drop(prefix + name) for name in gone),

@@ -10,7 +10,17 @@ from normsurgery.fold.channels import moves, vector
 from normsurgery.fold.checks import Check
 from normsurgery.fold.edits import AddProduct, Create, Edit, Scale, Shift
 from normsurgery.fold.ground import Affine, Ground, Landing, Refused, is_torch_layer
-from normsurgery.graph.flow import Node, Operand
+from normsurgery.graph.flow import Operand
+from normsurgery.graph.nodes import (
+    arguments,
+    frames,
+    inputs_of,
+    is_constant,
+    operator,
+    outputs_of,
+    position,
+    shape,
+)
 from normsurgery.surgery.owner.biases import bias_name, read_by, weight_without_bias
 
 CONVOLUTION = "aten::convolution"
@@ -36,8 +46,8 @@ class Layer:
     adds in an operation of its own.
     """
 
-    node: Node
-    input: int
+    node: fx.Node
+    input: fx.Node
     weight: Operand
     bias: Operand | None
     into: int
@@ -48,28 +58,27 @@ class Layer:
     late_bias: Operand | None = None
 
 
-def is_layer(ground: Ground, node: Node) -> bool:
+def is_layer(ground: Ground, node: fx.Node) -> bool:
     """Whether the node multiplies its input with a constant weight."""
-    if node.name == CONVOLUTION:
+    if operator(node) == CONVOLUTION:
         return True
-    places = PRODUCTS.get(node.name)
+    places = PRODUCTS.get(operator(node))
     if places is None:
         return False
     x, weight = (_ref(node, place) for place in places[:2])
-    flow = ground.flow
-    return x is not None and weight is not None and flow.is_constant(weight)
+    return x is not None and weight is not None and is_constant(weight)
 
 
-def layer(ground: Ground, node: Node) -> Layer:
+def layer(ground: Ground, node: fx.Node) -> Layer:
     """The node as a Layer. Raises Refused where its weight is no plain named tensor."""
-    return _convolution(ground, node) if node.name == CONVOLUTION else _product(ground, node)
+    return _convolution(ground, node) if operator(node) == CONVOLUTION else _product(ground, node)
 
 
-def _convolution(ground: Ground, node: Node) -> Layer:
+def _convolution(ground: Ground, node: fx.Node) -> Layer:
     x, weight, bias = (_ref(node, place) for place in range(3))
     assert x is not None and weight is not None
     operand = _whole(ground, node, weight)
-    transposed, groups = bool(node.args[6]), int(node.args[8])
+    transposed, groups = bool(arguments(node)[6]), int(arguments(node)[8])
     into, out = (0, 1) if transposed else (1, 0)
     return Layer(
         node,
@@ -84,17 +93,20 @@ def _convolution(ground: Ground, node: Node) -> Layer:
     )
 
 
-def _product(ground: Ground, node: Node) -> Layer:
-    places = PRODUCTS[node.name]
+def _product(ground: Ground, node: fx.Node) -> Layer:
+    places = PRODUCTS[operator(node)]
     x, weight, bias = (None if place is None else _ref(node, place) for place in places)
     assert x is not None and weight is not None
     operand = _unsliced(ground, node, weight)
     into, out = operand.axes[-2], operand.axes[-1]
-    if node.name == "aten::linear":
+    if operator(node) == "aten::linear":
         into, out = out, into
     if into is None or out is None:
         raise Refused(Check.COMPUTED_WEIGHT, f"the weight of {ground.path(node)} is a vector")
-    if node.name == "aten::addmm" and (node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)) != (
+    if operator(node) == "aten::addmm" and (
+        node.kwargs.get("beta", 1),
+        node.kwargs.get("alpha", 1),
+    ) != (
         1,
         1,
     ):
@@ -104,40 +116,38 @@ def _product(ground: Ground, node: Node) -> Layer:
     return Layer(node, x, operand, found, into, out, -1, 1, late_bias=late)
 
 
-def _late_bias(ground: Ground, node: Node, weight: Operand) -> Operand | None:
+def _late_bias(ground: Ground, node: fx.Node, weight: Operand) -> Operand | None:
     """The bias that is added to the product in an operation of its own."""
     module = ground.child_of(node, weight)
     bias = None if module is None else module._parameters.get("bias")
     if module is not None and bias is not None:
-        path = ground.located.recording.path(module)
+        path = ground.flow.path(module)
         return Operand(f"{path}.bias" if path else "bias", bias, (0,))
-    (value,) = node.outputs
-    while len(readers := ground.flow.readers(value)) == 1 and moves(ground.flow, readers[0]):
-        (value, *_) = readers[0].outputs
-    if len(readers) != 1 or readers[0].name != "aten::add" or len(readers[0].inputs) != 2:
+    (value,) = outputs_of(node)
+    while len(readers := ground.flow.readers(value)) == 1 and moves(readers[0]):
+        (value, *_) = outputs_of(readers[0])
+    if len(readers) != 1 or operator(readers[0]) != "aten::add" or len(inputs_of(readers[0])) != 2:
         return None
-    (other,) = (v for v in readers[0].inputs if v != value)
+    (other,) = (v for v in inputs_of(readers[0]) if v is not value)
     operand = ground.flow.operand(other)
     features = weight.tensor.shape[weight.axes[-1] or 0]
     fits = operand is not None and tuple(operand.tensor.shape) == (features,) and not operand.part
-    return operand if fits and ground.flow.shape(value)[-1] == features else None
+    return operand if fits and shape(value)[-1] == features else None
 
 
-def _ref(node: Node, place: int) -> int | None:
-    if len(node.args) <= place or node.args[place] is None:
-        return None
-    value: int | None = getattr(node.args[place], "value", None)
-    return value
+def _ref(node: fx.Node, place: int) -> fx.Node | None:
+    given = node.args[place] if len(node.args) > place else None
+    return given if isinstance(given, fx.Node) else None
 
 
-def _unsliced(ground: Ground, node: Node, value: int) -> Operand:
+def _unsliced(ground: Ground, node: fx.Node, value: fx.Node) -> Operand:
     operand = ground.weight(value, node)
     if operand.part:
         raise Refused(Check.COMPUTED_WEIGHT, f"{ground.path(node)} reads a part of {operand.name}")
     return operand
 
 
-def _whole(ground: Ground, node: Node, value: int) -> Operand:
+def _whole(ground: Ground, node: fx.Node, value: fx.Node) -> Operand:
     operand = _unsliced(ground, node, value)
     if operand.axes != tuple(range(operand.tensor.dim())):
         raise Refused(Check.COMPUTED_WEIGHT, f"{operand.name} is reshaped for {ground.path(node)}")
@@ -147,7 +157,7 @@ def _whole(ground: Ground, node: Node, value: int) -> Operand:
 # --- the side of the output ---------------------------------------------------------------------
 
 
-def on_output(ground: Ground, node: Node, channels: Tensor, affine: Affine) -> Landing:
+def on_output(ground: Ground, node: fx.Node, channels: Tensor, affine: Affine) -> Landing:
     """The layer gives scale * y + shift instead of y. Raises Refused."""
     found = layer(ground, node)
     placed = affine_at(ground, node, channels, found.channel_axis, affine)
@@ -195,13 +205,13 @@ def _bias_name(ground: Ground, found: Layer) -> str | None:
         return _bias_in_graph(ground, found)
     if "bias" not in module._parameters or not is_torch_layer(module):
         return None
-    path = ground.located.recording.path(module)
+    path = ground.flow.path(module)
     return f"{path}.bias" if path else "bias"
 
 
 def _bias_in_graph(ground: Ground, found: Layer) -> str | None:
     """The same for a layer that is a call in a graph the user holds."""
-    frame = next(iter(found.node.frames), None)
+    frame = next(iter(frames(found.node)), None)
     owner = None if frame is None else frame.module
     if frame is None or not isinstance(owner, fx.GraphModule):
         return None
@@ -211,12 +221,12 @@ def _bias_in_graph(ground: Ground, found: Layer) -> str | None:
         return None
     name = bias_name(found.weight.name)
     path, _, last = name.rpartition(".")
-    above = ground.located.recording.path(owner)
+    above = ground.flow.path(owner)
     free = getattr(ground.model.get_submodule(path), last, None) is None
     return name if free and (not above or name.startswith(f"{above}.")) else None
 
 
-def on_rows(ground: Ground, node: Node, channels: Tensor, affine: Affine) -> Landing:
+def on_rows(ground: Ground, node: fx.Node, channels: Tensor, affine: Affine) -> Landing:
     """The rows of an embedding. Raises Refused."""
     value = _ref(node, 0)
     assert value is not None
@@ -229,7 +239,7 @@ def on_rows(ground: Ground, node: Node, channels: Tensor, affine: Affine) -> Lan
 
 
 def on_constant(
-    ground: Ground, node: Node, value: int, channels: Tensor, affine: Affine
+    ground: Ground, node: fx.Node, value: fx.Node, channels: Tensor, affine: Affine
 ) -> Landing:
     """A named tensor that is added along the channels: scale * b + shift. Raises Refused."""
     operand = ground.weight(value, node)
@@ -242,14 +252,13 @@ def on_constant(
 
 
 def _along(
-    ground: Ground, node: Node, operand: Operand, value: int, channels: Tensor
+    ground: Ground, node: fx.Node, operand: Operand, value: fx.Node, channels: Tensor
 ) -> tuple[list[int], int]:
     """The channels along the one axis of the named tensor that they run along."""
     places = [place for place, size in enumerate(channels.shape) if size != 1]
     if not places and channels.numel() == 1:
         places = [channels.dim() - 1] if operand.tensor.numel() == 1 else []
-    shape = ground.flow.shape(value)
-    own = [place - channels.dim() + len(shape) for place in places]
+    own = [place - channels.dim() + len(shape(value)) for place in places]
     if len(own) != 1 or own[0] < 0 or operand.axes[own[0]] is None:
         raise Refused(Check.AXIS, f"{operand.name} does not run along the channels")
     axis = operand.axes[own[0]]
@@ -270,7 +279,7 @@ def create_bias(ground: Ground, found: Layer) -> Create:
     return Create(name, (features,), found.weight.name)
 
 
-def affine_at(ground: Ground, node: Node, channels: Tensor, axis: int, affine: Affine) -> Affine:
+def affine_at(ground: Ground, node: fx.Node, channels: Tensor, axis: int, affine: Affine) -> Affine:
     """The affine for the channels along `axis` of a node's input or output. Raises Refused."""
     index = vector(channels, axis)
     if index is None:
@@ -288,15 +297,21 @@ def _features(affine: Affine, default: int) -> int:
 # --- the side of the input ----------------------------------------------------------------------
 
 
-def on_input(ground: Ground, node: Node, channels: Tensor, affine: Affine) -> Landing:
-    """The layer is given x instead of scale * x + shift. Raises Refused."""
+def on_input(
+    ground: Ground, node: fx.Node, channels: Tensor, affine: Affine, *, pads: bool = True
+) -> Landing:
+    """The layer is given x instead of scale * x + shift. Raises Refused.
+
+    pads: with zeros, as it does; else something else will have padded its input by then.
+    """
     found = layer(ground, node)
     placed = affine_at(ground, node, channels, found.channel_axis, affine)
     groups = 1 if found.transposed else found.groups
     edits: list[Edit] = []
     nodes, tensors = [node], [found.weight]
     if placed.shift is not None:
-        _require_even_shift(ground, found)
+        if pads:
+            _require_even_shift(ground, found)
         name, created, adds = _bias_for_input(ground, found)
         nodes += adds
         tensors += [bias for bias in (found.bias, found.late_bias) if bias is not None]
@@ -308,14 +323,16 @@ def on_input(ground: Ground, node: Node, channels: Tensor, affine: Affine) -> La
     return Landing(tuple(nodes), tuple(tensors), tuple(edits))
 
 
-def _bias_for_input(ground: Ground, found: Layer) -> tuple[str, list[Edit], list[Node]]:
+def _bias_for_input(ground: Ground, found: Layer) -> tuple[str, list[Edit], list[fx.Node]]:
     """The bias that takes up what a shift of the input adds, and the nodes that add it."""
     if found.late_bias is None:
         name, created = bias_of(ground, found, wanted=True)
         assert name is not None
         return name, created, []
     uses = ground.flow.uses(found.late_bias)
-    later = [use for use in uses if use.index > found.node.index and use.name == "aten::add"]
+    later = [
+        use for use in uses if position(use) > position(found.node) and operator(use) == "aten::add"
+    ]
     if not later:
         raise Refused(Check.NO_BIAS, f"{ground.path(found.node)} does not add its bias")
     return found.late_bias.name, [], later[:1]
@@ -328,7 +345,7 @@ def _require_even_shift(ground: Ground, found: Layer) -> None:
         raise Refused(
             Check.ZERO_PADDING, f"{where} is transposed: a shift reaches its border unevenly"
         )
-    if found.transposed or found.node.name != CONVOLUTION or not any(found.node.args[4]):
+    if found.transposed or operator(found.node) != CONVOLUTION or not any(arguments(found.node)[4]):
         return
     raise Refused(
         Check.ZERO_PADDING,
@@ -340,11 +357,11 @@ def _require_even_shift(ground: Ground, found: Layer) -> None:
 def _could_pad(ground: Ground, found: Layer) -> bool:
     """Whether an explicit padding is there to be asked for: it would be seen by every reader."""
     readers = ground.flow.readers(found.input)
-    return not ground.choices.explicit_pad and all(n.name == CONVOLUTION for n in readers)
+    return not ground.choices.explicit_pad and all(operator(n) == CONVOLUTION for n in readers)
 
 
 def _is_pointwise(found: Layer) -> bool:
     """A transposed convolution that reads each place alone."""
-    stride, padding, more = (found.node.args[place] for place in (3, 4, 7))
+    stride, padding, more = (arguments(found.node)[place] for place in (3, 4, 7))
     kernel = found.weight.tensor.shape[2:]
     return {*kernel, *stride} == {1} and not any((*padding, *more))

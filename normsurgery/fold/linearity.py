@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from normsurgery.fold.channels import SLICES, Shape
 from normsurgery.fold.checks import Check
-from normsurgery.graph.flow import Flow, Node
+from normsurgery.graph.nodes import argument, arguments, inputs_of, operator, shape, tensor
 
 _POOLS = frozenset(f"aten::avg_pool{n}d" for n in (1, 2, 3))
 _ADAPTIVE = frozenset(
@@ -81,58 +81,58 @@ _NON_LINEAR = frozenset(
 )
 
 
-def why_not(node: Node) -> Check:
+def why_not(node: fx.Node) -> Check:
     """The check that a node fails through which nothing can be handed on."""
-    return Check.NON_LINEAR if node.name in _NON_LINEAR else Check.UNKNOWN
+    return Check.NON_LINEAR if operator(node) in _NON_LINEAR else Check.UNKNOWN
 
 
-def picks(node: Node) -> bool:
+def picks(node: fx.Node) -> bool:
     """Whether the node hands on a part of its input, or several."""
-    return node.name in SLICES
+    return operator(node) in SLICES
 
 
-def number_of(node: Node) -> float | None:
+def number_of(node: fx.Node) -> float | None:
     """The number that a node multiplies its one tensor with; None where it is no plain number."""
-    if node.name == "aten::neg":
+    if operator(node) == "aten::neg":
         return -1.0
-    other = node.argument(1, "other")
+    other = argument(node, 1, "other")
     if isinstance(other, bool) or not isinstance(other, (int, float)):
         return None
-    if node.name == "aten::mul":
+    if operator(node) == "aten::mul":
         return float(other)
     rounded = node.kwargs.get("rounding_mode") is not None
     return None if rounded or other == 0 else 1.0 / float(other)
 
 
-def pads_with_values(node: Node) -> bool:
+def pads_with_values(node: fx.Node) -> bool:
     """Whether what is padded in are values of the input itself."""
-    if node.name == "pad":
-        return str(node.argument(2, "mode", "constant")) != "constant"
-    return node.name != "aten::constant_pad_nd"
+    if operator(node) == "pad":
+        return str(argument(node, 2, "mode", "constant")) != "constant"
+    return operator(node) != "aten::constant_pad_nd"
 
 
-def padded_axes(node: Node, rank: int) -> set[int]:
+def padded_axes(node: fx.Node, rank: int) -> set[int]:
     """The axes that are padded at all, on these inputs."""
     amounts = _amounts(node)
     return {rank - 1 - place // 2 for place, amount in enumerate(amounts) if amount}
 
 
-def _amounts(node: Node) -> Sequence[int]:
-    name = "pad" if node.name in ("pad", "aten::constant_pad_nd") else "padding"
-    amounts: Sequence[int] = node.argument(1, name)
+def _amounts(node: fx.Node) -> Sequence[int]:
+    name = "pad" if operator(node) in ("pad", "aten::constant_pad_nd") else "padding"
+    amounts: Sequence[int] = argument(node, 1, name)
     return amounts
 
 
-def averages_evenly(node: Node) -> bool:
+def averages_evenly(node: fx.Node) -> bool:
     """Whether the weights of every mean sum to one, so that a shift stays a shift."""
-    if node.name not in _POOLS:
+    if operator(node) not in _POOLS:
         return True
-    padding = node.argument(3, "padding") or ()
-    counts_zeros = node.argument(5, "count_include_pad", True)
-    return node.argument(6, "divisor_override") is None and not (any(padding) and counts_zeros)
+    padding = argument(node, 3, "padding") or ()
+    counts_zeros = argument(node, 5, "count_include_pad", True)
+    return argument(node, 6, "divisor_override") is None and not (any(padding) and counts_zeros)
 
 
-def averaged_forwards(node: Node, channels: Tensor, after: Shape) -> Tensor | None:
+def averaged_forwards(node: fx.Node, channels: Tensor, after: Shape) -> Tensor | None:
     """The channels of a mean, from those of its input; None where it runs over the channels."""
     axes = _averaged(node, channels.dim())
     if any(channels.shape[axis] != 1 for axis in axes):
@@ -143,7 +143,7 @@ def averaged_forwards(node: Node, channels: Tensor, after: Shape) -> Tensor | No
     return channels.reshape(keep)
 
 
-def averaged_backwards(node: Node, channels: Tensor, before: Shape) -> Tensor | None:
+def averaged_backwards(node: fx.Node, channels: Tensor, before: Shape) -> Tensor | None:
     """The channels of the input of a mean; None where it runs over the channels."""
     axes = _averaged(node, len(before))
     if channels.dim() == len(before):
@@ -152,27 +152,26 @@ def averaged_backwards(node: Node, channels: Tensor, before: Shape) -> Tensor | 
     return channels.reshape([1 if axis in axes else next(sizes) for axis in range(len(before))])
 
 
-def _averaged(node: Node, rank: int) -> set[int]:
+def _averaged(node: fx.Node, rank: int) -> set[int]:
     """The axes over which a node takes means."""
-    if node.name != "aten::mean":
+    if operator(node) != "aten::mean":
         return set(range(2, rank))
-    dims = node.argument(1, "dim", None)
+    dims = argument(node, 1, "dim", None)
     return {int(axis) % rank for axis in dims} if dims else set(range(rank))
 
 
-def gathered_axes(flow: Flow, node: Node) -> set[int] | None:
+def gathered_axes(node: fx.Node) -> set[int] | None:
     """The axes along which a node takes elements from elsewhere; None where that is not known."""
-    rank = len(flow.shape(node.inputs[0]))
-    if node.name == "aten::index_select":
-        return {int(node.args[1]) % rank}
-    if node.name == "aten::roll":
-        dims = node.argument(2, "dims", [])
+    rank = len(shape(inputs_of(node)[0]))
+    if operator(node) == "aten::index_select":
+        return {int(arguments(node)[1]) % rank}
+    if operator(node) == "aten::roll":
+        dims = argument(node, 2, "dims", [])
         return {int(axis) % rank for axis in dims} if dims else None
-    if node.name == "aten::flip":
-        return {int(axis) % rank for axis in node.args[1]}
-    indices = node.args[1]
+    if operator(node) == "aten::flip":
+        return {int(axis) % rank for axis in arguments(node)[1]}
+    indices = arguments(node)[1]
     if len(indices) != 1 or indices[0] is None:
         return None
-    index = flow.recording.values[indices[0].value].tensor
     # One index in front: a gather of rows, or of what a mask of one dimension picks.
-    return {0} if index.dim() == 1 else None
+    return {0} if tensor(indices[0]).dim() == 1 else None

@@ -12,9 +12,9 @@ from normsurgery.errors import CannotTrace
 from normsurgery.find import Located, locate, locate_again
 from normsurgery.fold.ground import Choices, Ground
 from normsurgery.fold.unlisted import with_unlisted, with_unlisted_ends
-from normsurgery.graph.flow import outputs_of
 from normsurgery.graph.measured_calls import Call, added, relatives
 from normsurgery.inputs import Inputs
+from normsurgery.survey import Survey
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Measured:
 
     def grounds(self, choices: Choices) -> list[Ground]:
         """What the rules see of each call, the example first, with nothing folded yet."""
-        names = list(outputs_of(self.example.recording))
+        names = list(self.example.recording.outputs)
         others = [
             Ground(located, choices, call.name, None if call.binds else names)
             for call, located in self.others
@@ -38,14 +38,25 @@ class Measured:
         return [Ground(self.example, choices), *others]
 
 
-def measured(
-    model: nn.Module, inputs: Inputs, choices: Choices, calls: Sequence[Any] = ()
-) -> Measured:
-    """Record the example, its relatives, and the further `calls` of the user.
+def located_in(model: nn.Module, inputs: Inputs, survey: Survey | None) -> Located:
+    """The norms of a survey, or those that are found now, in a run on the inputs.
 
-    Raises CannotTrace where the example, or a call of the user's, does not run.
+    Raises CannotTrace where the model does not run.
     """
-    example = locate(model, inputs)
+    return locate(model, inputs) if survey is None else locate_again(survey, model, inputs)
+
+
+def measured(
+    model: nn.Module,
+    inputs: Inputs,
+    example: Located,
+    choices: Choices,
+    calls: Sequence[Any] = (),
+) -> Measured:
+    """Record the relatives of the example, and the further `calls` of the user.
+
+    Raises CannotTrace where a call of the user's does not run.
+    """
     if not choices.keep_classes:
         example = with_unlisted(example)
     others: list[tuple[Call, Located]] = []
@@ -73,7 +84,7 @@ def _first_that_runs(example: Located, model: nn.Module, call: Call) -> Located:
 def _located(example: Located, model: nn.Module, inputs: Inputs) -> Located:
     """Recorded without values where the model runs so, for that takes a fraction of the time."""
     try:
-        found = locate_again(example, model, inputs, meta=True)
+        found = locate_again(example.survey, model, inputs, meta=True)
     except CannotTrace:
-        found = locate_again(example, model, inputs)
+        found = locate_again(example.survey, model, inputs)
     return with_unlisted_ends(found)

@@ -1,39 +1,54 @@
-"""Folds into a layer that parallel branches have become: its weights are made by its Step first."""
+"""Folds into a layer that parallel branches have become: its Step comes first."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from normsurgery.fold.channels import vector
 from normsurgery.fold.checks import Check
-from normsurgery.fold.edits import AddProduct, Centre, Create, Edit, Scale, Shift
+from normsurgery.fold.edits import AddIdentity, AddProduct, Centre, Create, Edit, Scale, Shift
 from normsurgery.fold.ground import Affine, Ground, Landing, MergedLayer, Refused
+from normsurgery.fold.kernels import Geometry, Sizes
 from normsurgery.fold.landings import affine_at
 from normsurgery.fold.parallel_branches import BranchSum
-from normsurgery.plan import MERGED, Step
+from normsurgery.graph.nodes import in_order, inputs_of, outputs_of, shape
+from normsurgery.steps import Merge, Step
 
 
 def merged_layer(found: BranchSum, step: Step) -> MergedLayer:
     """What the sum becomes by its step."""
-    first = found.branches[0].layer
-    assert first is not None
-    weight = next(edit.target for edit in step.edits if isinstance(edit, Create))
-    nodes = {node.index: node for branch in found.branches for node in branch.nodes}
+    kept = found.kept
+    bias = kept.bias.name if kept.bias is not None else f"{found.label}.bias"
+    nodes = {node for branch in found.branches for node in branch.nodes}
     return MergedLayer(
         source=found.branches[0].source,
         output=found.output,
-        nodes=tuple(nodes[index] for index in sorted(nodes)),
-        weight=weight,
-        bias=f"{weight.removesuffix('weight')}bias",
-        has_bias=bool(step.options["bias"]),
-        shape=tuple(step.options["shape"]),
-        channel_axis=first.channel_axis,
-        groups=int(step.options["groups"]),
-        padding=tuple(step.options["padding"]),
+        nodes=in_order(nodes),
+        weight=kept.weight.name,
+        bias=bias,
+        has_bias=kept.bias is not None or any(edit.target == bias for edit in step.edits),
+        shape=tuple(kept.weight.tensor.shape),
+        channel_axis=kept.channel_axis,
+        groups=found.geometry.groups,
+        padding=found.geometry.padding,
+        centre=_centre(found.geometry, tuple(kept.weight.tensor.shape)),
     )
+
+
+def _centre(geometry: Geometry, shape: Sizes) -> Sizes | None:
+    """Where the kernel of an identity lies, if it has a place."""
+    square = shape[0] == shape[1] * geometry.groups
+    if not square or any(stride != 1 for stride in geometry.stride):
+        return None
+    found = tuple(p // d for p, d in zip(geometry.padding, geometry.dilation, strict=True))
+    inside = all(at < size for at, size in zip(found, geometry.kernel, strict=True))
+    exact = all(
+        at * d == p for at, d, p in zip(found, geometry.dilation, geometry.padding, strict=True)
+    )
+    return found if inside and exact else None
 
 
 def on_merged_input(
@@ -68,6 +83,30 @@ def on_merged_output(
     return Landing(merged.nodes, (), tuple(edits))
 
 
+def on_merged_residual(
+    ground: Ground, node: fx.Node, channels: Tensor, affine: Affine
+) -> tuple[MergedLayer, Landing] | None:
+    """The layer gives scale * (y + x) + shift - x instead of y; `node` adds its input x to that.
+
+    None where the node adds up other values. Raises Refused.
+    """
+    for merged in ground.merged:
+        ends = {merged.source, merged.output}
+        if set(inputs_of(node)) != ends or merged.centre is None:
+            continue
+        if len({shape(value) for value in (*ends, *outputs_of(node))}) > 1:
+            continue
+        ground.require_only(merged.output, (node,))
+        landing = on_merged_output(ground, merged, channels, affine)
+        placed = affine_at(ground, node, channels, merged.channel_axis, affine)
+        if placed.scale is None:
+            return merged, landing
+        scaled = AddIdentity(merged.weight, placed.scale, merged.centre, merged.groups)
+        once = AddIdentity(merged.weight, None, merged.centre, merged.groups, -1)
+        return merged, replace(landing, edits=(*landing.edits, scaled, once))
+    return None
+
+
 def on_merged_mean(ground: Ground, merged: MergedLayer, channels: Tensor) -> Landing:
     """The layer gives its output less the mean of that over the channels. Raises Refused."""
     if vector(channels, merged.channel_axis) is None or merged.groups > 1:
@@ -79,8 +118,8 @@ def on_merged_mean(ground: Ground, merged: MergedLayer, channels: Tensor) -> Lan
 
 def _hint(ground: Ground, merged: MergedLayer) -> str:
     """An explicit padding, where nothing else would see it."""
-    inside = {node.index for node in merged.nodes}
-    others = [n for n in ground.flow.readers(merged.source) if n.index not in inside]
+    inside = set(merged.nodes)
+    others = [n for n in ground.flow.readers(merged.source) if n not in inside]
     if others or ground.choices.explicit_pad:
         return ""
     return "Use pad='explicit' to write the padding out."
@@ -96,64 +135,19 @@ def _has_bias(ground: Ground, merged: MergedLayer) -> bool:
     return merged.has_bias or merged.bias in ground.created
 
 
-def with_biases(decided: Sequence[Step]) -> list[Step]:
-    """The merges, each with the bias that a later step wants of its layer; that step then makes
-    none. A layer is made with all its tensors at once."""
-    wanted = {
-        edit.target: edit
-        for made in decided
-        if made.rule != MERGED
-        for edit in made.edits
-        if isinstance(edit, Create)
-    }
-    given: list[Create] = []
-    found: list[Step] = []
-    for made in decided:
-        bias = wanted.get(_bias_of_merge(made))
-        if bias is not None:
-            given.append(bias)
-            made = replace(made, options={**made.options, "bias": True})
-            made = replace(made, edits=(*made.edits, bias))
-        found.append(made)
-    return [_without(made, given) for made in found]
-
-
-def _bias_of_merge(made: Step) -> str:
-    """What the bias of the merged layer is called; "" where the step makes none."""
-    path = _path_of_merge(made)
-    return f"{path}.bias" if path else ""
-
-
-def _path_of_merge(made: Step) -> str:
-    """Of the merged layer; "" where the step makes none."""
-    if made.rule != MERGED or not made.edits:
-        return ""
-    weight = next(edit.target for edit in made.edits if isinstance(edit, Create))
-    return weight.removesuffix(".weight")
-
-
-def _without(made: Step, given: Collection[Create]) -> Step:
-    if made.rule == MERGED:
-        return made
-    return replace(made, edits=tuple(edit for edit in made.edits if edit not in given))
-
-
 def with_unpadded(decided: Mapping[int, Step]) -> dict[int, Step]:
-    """The decisions; where a norm takes the padding of branches, it takes that of their merge.
+    """The decisions; where a norm takes the padding of branches, it takes that of those which stay.
 
-    A norm that was decided before the merge knows only the branches, which will be gone.
+    A norm that was decided before the merge knows them all.
     """
-    layers = {
-        path: layer
-        for made in decided.values()
-        if (layer := _path_of_merge(made))
-        for path in made.site.settings["branches"]
+    gone = {
+        path for made in decided.values() if isinstance(made, Merge) for path in made.branches[1:]
     }
-    return {index: _from_layers(made, layers) for index, made in decided.items()}
+    return {index: _padded_by_others(made, gone) for index, made in decided.items()}
 
 
-def _from_layers(made: Step, layers: Mapping[str, str]) -> Step:
-    if layers.keys().isdisjoint(made.options.get("unpadded", ())):
+def _padded_by_others(made: Step, gone: set[str]) -> Step:
+    if gone.isdisjoint(made.options.get("unpadded", ())):
         return made
-    paths = dict.fromkeys(layers.get(path, path) for path in made.options["unpadded"])
-    return replace(made, options={**made.options, "unpadded": list(paths)})
+    paths = [path for path in made.options["unpadded"] if path not in gone]
+    return replace(made, options={**made.options, "unpadded": paths})

@@ -1,17 +1,17 @@
-"""Parallel branches as Steps, and carrying these out: one layer in the place of several."""
+"""Parallel branches as Steps, and carrying these out: one layer holds what several did."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from normsurgery.errors import CannotRewrite, UsageError
+from normsurgery.errors import CannotRewrite
 from normsurgery.fold.affines import affine_of
-from normsurgery.fold.branch_forward import merged_forward
 from normsurgery.fold.edits import (
     AddIdentity,
     AddKernel,
@@ -22,110 +22,109 @@ from normsurgery.fold.edits import (
     Shift,
 )
 from normsurgery.fold.ground import Ground
-from normsurgery.fold.parallel_branches import KIND, BranchSum
+from normsurgery.fold.neutral import NeutralBranch
+from normsurgery.fold.parallel_branches import KIND, Branch, BranchSum
 from normsurgery.fold.running import run
 from normsurgery.fold.weight_formulas import relative_error
-from normsurgery.plan import Step
+from normsurgery.fold.weights import bind
 from normsurgery.precision import float64_copy, lifted
 from normsurgery.spec import Fidelity
-from normsurgery.surgery.inherit import tensor_in
-from normsurgery.surgery.names import fresh_name
-from normsurgery.surgery.owner import OwnerCall, Placement, Rewriting
-from normsurgery.surgery.owner.install import install
+from normsurgery.steps import Merge, MergedNorm, Step
+from normsurgery.surgery.owner import OwnerCall
 from normsurgery.surgery.source import module_at
+from normsurgery.surgery.tree import replace_everywhere
 from normsurgery.survey import Site
 
 BOUND = 1e-9  # float64 against float64
-CONVOLUTIONS: Mapping[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 Calls = Sequence[OwnerCall]
-RULE = "parallel branches"
 
 
 def merge_steps(ground: Ground, sums: Sequence[BranchSum], planned: Sequence[Edit]) -> list[Step]:
-    """For each sum a Step that makes one layer of it, and one for each norm that it takes in.
+    """For each sum a Step that puts it into one layer, and one for each norm that it takes in.
 
     planned: the edits of the steps before, in which a branch may get a bias that it had not. The
     steps of the norms hold no edits: the sum's has them. Sums count on from the last Site.
     """
+    created = {edit.target for edit in planned if isinstance(edit, Create)}
     steps: list[Step] = []
-    taken: dict[str, set[str]] = {}
-    number = len(ground.located.survey)
-    for found in sums:
-        owner = ground.model.get_submodule(found.owner)
-        names = taken.setdefault(found.owner, set(dir(owner)))
-        child = fresh_name("merged", names)
-        names.add(child)
-        steps.append(_step(ground, found, child, number, planned))
-        steps += [
-            Step(site, "identity", {}, Fidelity.EVAL, "fold", rule=RULE)
-            for site in found.identities
-        ]
-        number += 1
+    for number, found in enumerate(sums, len(ground.located.survey)):
+        steps.append(_step(ground, found, number, created))
+        steps += [MergedNorm(site, "identity", {}, Fidelity.EVAL) for site in found.identities]
     return steps
 
 
-def _step(
-    ground: Ground, found: BranchSum, child: str, number: int, planned: Sequence[Edit]
-) -> Step:
-    layers = [branch for branch in found.branches if branch.layer is not None]
-    prefix = f"{found.owner}.{child}." if found.owner else f"{child}."
-    edits = _edits(found, prefix, planned)
-    shape = next(e.shape for e in edits if isinstance(e, Create) and e.target.endswith(".weight"))
-    bias = any(isinstance(e, Create) and e.target.endswith(".bias") for e in edits)
-    assert layers[0].layer is not None
-    weight = layers[0].layer.weight.tensor
+def _step(ground: Ground, found: BranchSum, number: int, created: set[str]) -> Merge:
+    layer = ground.model.get_submodule(found.label)
     site = Site(
         index=number,
         kind=KIND,
-        paths=found.paths,
-        form="formula",
-        class_name=type(ground.model.get_submodule(found.owner)).__name__,
+        paths=(found.label,),
+        form="module",
+        class_name=type(layer).__name__,
         parameters={},
-        settings={"branches": [branch.path for branch in found.branches]},
-        dtype=str(weight.dtype).removeprefix("torch."),
+        settings={},
+        dtype=str(found.kept.weight.tensor.dtype).removeprefix("torch."),
         calls=1,
-        call=found.call,
     )
-    options = {**vars(found.geometry), "shape": shape, "bias": bias}
-    return Step(
+    return Merge(
         site=site,
         to="identity",
-        options={key: list(v) if isinstance(v, tuple) else v for key, v in options.items()},
+        options={},
         fidelity=Fidelity.EVAL,
-        action="fold",
-        notes=(f"{len(found.branches)} branches in one layer, {prefix[:-1]}", *found.notes),
-        child=child,
-        rule=RULE,
-        edits=edits,
+        notes=(f"holds what {len(found.branches)} branches did", *found.notes),
+        edits=_edits(ground, found, created),
+        owner=found.owner,
+        branches=tuple(branch.path for branch in found.branches),
+        places=found.places,
     )
 
 
-def _edits(found: BranchSum, prefix: str, planned: Sequence[Edit]) -> tuple[Edit, ...]:
-    first = found.branches[0].layer
-    assert first is not None
-    weight, bias = f"{prefix}weight", f"{prefix}bias"
-    shape = (*first.weight.tensor.shape[:2], *found.geometry.kernel)
-    created = {edit.target for edit in planned if isinstance(edit, Create)}
-    edits: list[Edit] = [Create(weight, shape, first.weight.name)]
+def _edits(ground: Ground, found: BranchSum, created: set[str]) -> tuple[Edit, ...]:
+    kept = found.kept
+    weight, bias = kept.weight.name, _bias_name(found.branches[0])
+    edits: list[Edit] = []
     biases: list[Edit] = []
-    gone: list[str] = []
-    for branch, at in zip(found.branches, found.at, strict=True):
+    for branch, at in zip(found.branches[1:], found.at[1:], strict=True):
         if branch.layer is not None:
-            edits.append(AddKernel(weight, branch.layer.weight.name, at))
-            bound = branch.layer.bias
-            own = bound.name if bound is not None else f"{branch.path}.bias"
-            gone.append(branch.layer.weight.name)
-            if bound is not None or own in created:
-                biases.append(AddTensor(bias, own))
-                gone.append(own)
+            edits.append(AddKernel(weight, branch.layer.weight.name, at, branch.sign))
+            own = _bias_name(branch)
+            if branch.layer.bias is not None or own in created:
+                biases.append(AddTensor(bias, own, branch.sign))
         elif branch.run is not None:
             affine = affine_of(branch.run.site)
-            edits.append(AddIdentity(weight, affine.scale, at, found.geometry.groups))
-            biases += [] if affine.shift is None else [Shift(bias, affine.shift)]
-            gone += branch.run.site.parameters.values()
-    if biases:
-        edits += [Create(bias, (shape[0],), first.weight.name), *biases]
-    return (*edits, *(Drop(name) for name in gone))
+            groups = found.geometry.groups
+            edits.append(AddIdentity(weight, affine.scale, at, groups, branch.sign))
+            if affine.shift is not None:
+                factor = branch.sign * affine.shift.factor
+                biases.append(Shift(bias, replace(affine.shift, factor=factor)))
+    if biases and kept.bias is None and bias not in created:
+        edits.append(Create(bias, (kept.weight.tensor.shape[0],), weight))
+    gone = [name for branch in found.branches[1:] for name in _tensors_of(branch, created)]
+    gone += [name for place in found.places for name in _left_in(ground, place)]
+    return (*edits, *biases, *(Drop(name) for name in dict.fromkeys(gone)))
+
+
+def _bias_name(branch: Branch) -> str:
+    """The name of a layer's bias, which may yet have to be created."""
+    assert branch.layer is not None
+    bias = branch.layer.bias
+    return bias.name if bias is not None else f"{branch.path}.bias"
+
+
+def _tensors_of(branch: Branch, created: set[str]) -> list[str]:
+    if branch.run is not None:
+        return list(branch.run.site.parameters.values())
+    assert branch.layer is not None
+    own = _bias_name(branch)
+    held = branch.layer.bias is not None or own in created
+    return [branch.layer.weight.name, *([own] if held else [])]
+
+
+def _left_in(ground: Ground, place: str) -> list[str]:
+    """What a state_dict holds of a module, except the tensors of norms: their own steps say so."""
+    of_norms = {name for site in ground.located.survey for name in site.parameters.values()}
+    saved = ground.model.get_submodule(place).state_dict(prefix=f"{place}.")
+    return [name for name in saved if name not in of_norms]
 
 
 # --- in memory ------------------------------------------------------------------------------------
@@ -137,164 +136,85 @@ def apply_merges(
     calls: Mapping[str, Calls] | None = None,
     values: Mapping[str, Tensor] | None = None,
 ) -> dict[str, str]:
-    """Merge the branches of each step with `edits`, in place; all steps of one owner together.
+    """Put the branches of each step with `edits` into one of them, in place.
 
-    The batch norms that were folded into a branch must be gone (nn.Identity), and its weights
-    changed; a norm that is a branch itself is still there.
+    The norms that were folded into a branch must be gone (nn.Identity), and its weights changed; a
+    norm that is a branch itself is still there.
 
-    calls: of each owner, by its path, to prove its new forward on: in float64 it gives what the
-        branches gave, to 1e-9. None: it was proven before, and is made again.
-    values: the merged tensors by name, where the edits were run already; else they run here, on the
-        model's tensors in float64, and each result is cast once.
+    calls: of each owner, by its path, to prove on that its forward takes the branches that add
+        nothing: in float64 it gives what it gave before, to 1e-9. None: it was proven before.
+    values: the tensors that follow from the merges, by name. None: they are to be loaded.
 
-    Returns, by owner, why its forward cannot be rewritten; such an owner is as it was.
+    Returns, by the label of a step, why its branches cannot be merged; these are as they were.
     Raises UsageError where the model is not the one that was planned for.
     """
-    by_owner: dict[str, list[Step]] = {}
-    for step in steps:
-        if step.edits:
-            by_owner.setdefault(step.site.path, []).append(step)
     refused: dict[str, str] = {}
-    for path, group in by_owner.items():
-        owner = module_at(model, path)
+    for step in (step for step in steps if isinstance(step, Merge)):
         try:
-            _merge(model, owner, group, None if calls is None else calls.get(path, ()), values)
+            if calls is not None:
+                _prove(model, step, calls.get(step.owner, ()))
         except CannotRewrite as error:
-            refused[path] = error.reason
+            refused |= dict.fromkeys((step.site.label, *step.branches), error.reason)
+            continue
+        _put_neutral(model, step.places)
+    for name, value in (values or {}).items() if not refused else ():
+        _bind(model, name, value)
     return refused
 
 
-def reapply_merges(owner: nn.Module, steps: Sequence[Step]) -> None:
-    """Rewrite the forward again of an owner that has its merged layers, and no branches any more.
-
-    Raises CannotRewrite where its source is not the one that was planned for.
-    """
-    layers = {step.child: owner.get_submodule(step.child) for step in steps}
-    placements = [Placement(step.site, step.child, layers[step.child]) for step in steps]
-    rewriting = merged_forward(owner, placements, [name for s in steps for name in _gone(s)])
-    for child in layers:
-        del owner._modules[child]
-    install(owner, rewriting, layers)
+def _kept(step: Merge) -> dict[str, None]:
+    """The tensors that the step's edits change or make."""
+    return dict.fromkeys(edit.target for edit in step.edits if not isinstance(edit, Drop))
 
 
-def _merge(
-    model: nn.Module,
-    owner: nn.Module,
-    steps: Sequence[Step],
-    calls: Calls | None,
-    values: Mapping[str, Tensor] | None,
-) -> None:
-    layers = {step.child: _layer(model, step, values) for step in steps}
-    placements = [Placement(step.site, step.child, layers[step.child]) for step in steps]
-    gone = [name for step in steps for name in _gone(step)]
-    rewriting = merged_forward(owner, placements, gone)
-    if calls is not None:
-        exact = {step.child: _layer(model, step, None) for step in steps}
-        _prove(owner, rewriting, exact, steps, [call for call in calls if not call.training])
-    for step in steps:
-        like, merged = _original(model, step), layers[step.child]
-        merged.to(like.dtype).train(owner.training).requires_grad_(like.requires_grad)
-    install(owner, rewriting, layers)
-    _remove_branches(owner, steps)
+def _put_neutral(model: nn.Module, places: Sequence[str]) -> None:
+    for place in places:
+        old = module_at(model, place)
+        replace_everywhere(model, old, NeutralBranch().train(old.training))
 
 
-def _local(step: Step, name: str) -> str:
-    return name.removeprefix(f"{step.site.path}.") if step.site.path else name
-
-
-def _gone(step: Step) -> list[str]:
-    return [_local(step, edit.target) for edit in step.edits if isinstance(edit, Drop)]
-
-
-def _original(model: nn.Module, step: Step) -> Tensor:
-    """The weight of the first branch, whose dtype, device and gradient the merged one takes."""
-    first = next(edit for edit in step.edits if isinstance(edit, AddKernel))
-    try:
-        return tensor_in(model, first.source)
-    except (AttributeError, AssertionError) as error:
-        raise UsageError(
-            f"{step.site.label}: the model has no tensor {first.source}. "
-            "The plan was made for another model; make a new one for this."
-        ) from error
-
-
-def _layer(model: nn.Module, step: Step, values: Mapping[str, Tensor] | None) -> nn.Module:
-    """The merged layer in float64, with its weights."""
-    like, options = _original(model, step), step.options
-    merged = _empty_layer(options, like.device)
-    prefix = f"{step.site.path}." if step.site.path else ""
-    tensors = _computed(model, step) if values is None else values
-    for name in [name for name, _ in merged.named_parameters()]:
-        value = tensors[f"{prefix}{step.child}.{name}"].detach().double()
-        setattr(merged, name, nn.Parameter(value))
-    return merged
-
-
-def _empty_layer(options: Mapping[str, Any], device: torch.device) -> nn.Module:
-    outputs, inputs = options["shape"][:2]
-    place = {"bias": options["bias"], "device": "meta", "dtype": torch.float64}
-    if not options["kernel"]:
-        return nn.Linear(inputs, outputs, **place)
-    sizes = {
-        name: tuple(options[key])
-        for name, key in (
-            ("kernel_size", "kernel"),
-            ("stride", "stride"),
-            ("padding", "padding"),
-            ("dilation", "dilation"),
-        )
-    }
-    groups = int(options["groups"])
-    return CONVOLUTIONS[len(options["kernel"])](
-        inputs * groups, outputs, groups=groups, **sizes, **place
-    )
-
-
-def _computed(model: nn.Module, step: Step) -> dict[str, Tensor]:
-    """Every tensor after the step's edits, in float64."""
-    named = (*model.named_parameters(), *model.named_buffers())
-    wanted = _names_in(step)
-    tensors = {name: t.detach().double() for name, t in named if name in wanted}
-    run(step.edits, tensors)
-    return tensors
-
-
-def _names_in(step: Step) -> set[str]:
-    """The tensors that a step's edits read or drop."""
-    found: set[str] = set()
-    for edit in step.edits:
-        by = getattr(edit, "by", None)
-        found |= {edit.target, getattr(edit, "source", edit.target)}
-        found |= set() if by is None else set(by.tensors.values())
-    return found
-
-
-def _prove(
-    owner: nn.Module,
-    rewriting: Rewriting,
-    layers: Mapping[str, nn.Module],
-    steps: Sequence[Step],
-    calls: Calls,
-) -> None:
-    """Raises CannotRewrite unless the owner gives the same with its branches merged."""
-    if not calls:
-        raise CannotRewrite("no call of its forward was recorded to prove a rewriting on")
-    if any(tensor.is_meta for layer in layers.values() for tensor in layer.parameters()):
-        raise CannotRewrite("it has no values (meta device) to prove a rewritten forward on")
+def _prove(model: nn.Module, step: Merge, calls: Calls) -> None:
+    """Raises CannotRewrite unless the owner gives the same with its branches in one of them."""
+    given = [call for call in calls if not call.training]
+    if not given:
+        raise CannotRewrite("no call of its forward was recorded to prove a merge on")
+    path = step.owner
+    owner = module_at(model, path)
+    if any(tensor.is_meta for tensor in (*owner.parameters(), *owner.buffers())):
+        raise CannotRewrite("it has no values (meta device) to prove a merge on")
     before, after = float64_copy(owner), float64_copy(owner)
-    install(after, rewriting, {name: float64_copy(module) for name, module in layers.items()})
-    _remove_branches(after, steps)
-    for call in calls:
-        given = [tree_map(_double, (call.args, dict(call.kwargs))) for _ in range(2)]
+    prefix = f"{path}." if path else ""
+    named = (*after.named_parameters(), *after.named_buffers())
+    tensors = {
+        prefix + name: tensor.detach() for name, tensor in named if tensor.is_floating_point()
+    }
+    run([edit for edit in step.edits if not isinstance(edit, Drop)], tensors)
+    for name in _kept(step):
+        _bind(after, name.removeprefix(prefix), tensors[name])
+    _put_neutral(after, [place.removeprefix(prefix) for place in step.places])
+    for call in given:
+        _require_same(before, after, call)
+
+
+def _require_same(before: nn.Module, after: nn.Module, call: OwnerCall) -> None:
+    """Outputs, and what the call changes of its inputs. Raises CannotRewrite."""
+    seen: list[list[Tensor]] = []
+    for owner in (before, after):
+        args, kwargs = tree_map(_double, (call.args, dict(call.kwargs)))
         try:
             with torch.no_grad(), lifted():
-                wanted = before(*given[0][0], **given[0][1])
-                made = after(*given[1][0], **given[1][1])
+                output = owner(*args, **kwargs)
         except Exception as error:  # the user's forward may raise anything
             raise CannotRewrite(
-                f"with its branches merged it raises {type(error).__name__}: {error}"
+                f"its forward does more with a branch than add it: {type(error).__name__}: {error}"
             ) from error
-        _require_same((made, given[1]), (wanted, given[0]))
+        seen.append([t for t in tree_leaves((output, args, kwargs)) if isinstance(t, Tensor)])
+    made, wanted = seen[1], seen[0]
+    same = len(made) == len(wanted) and all(
+        relative_error(a.double(), b.double()) <= BOUND for a, b in zip(made, wanted, strict=True)
+    )
+    if not same:
+        raise CannotRewrite("with its branches in one layer its output differs")
 
 
 def _double(leaf: Any) -> Any:
@@ -303,39 +223,7 @@ def _double(leaf: Any) -> Any:
     return leaf.detach().double() if leaf.is_floating_point() else leaf.detach().clone()
 
 
-def _require_same(made: Any, wanted: Any) -> None:
-    first, second = (_tensors(tree) for tree in (made, wanted))
-    same = len(first) == len(second) and all(
-        relative_error(a.double(), b.double()) <= BOUND for a, b in zip(first, second, strict=True)
-    )
-    if not same:
-        raise CannotRewrite("with its branches merged its output differs")
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def _remove_branches(owner: nn.Module, steps: Sequence[Step]) -> None:
-    """The branches, and the modules around them that held nothing else."""
-    for step in steps:
-        for path in (_local(step, path) for path in step.site.settings["branches"]):
-            parts = path.split(".")
-            _unbind(owner, parts)
-            while len(parts) > 1:
-                parts.pop()
-                if _is_hollow(owner.get_submodule(".".join(parts))):
-                    _unbind(owner, parts)
-
-
-def _unbind(owner: nn.Module, parts: Sequence[str]) -> None:
-    owner.get_submodule(".".join(parts[:-1]))._modules.pop(parts[-1], None)
-
-
-def _is_hollow(module: nn.Module) -> bool:
-    """Without tensors, and without modules that do anything."""
-    tensors: Collection[Tensor] = [*module.parameters(), *module.buffers()]
-    return not tensors and all(
-        isinstance(child, nn.Identity) or (any(child.children()) and _is_hollow(child))
-        for child in module.children()
-    )
+def _bind(model: nn.Module, name: str, value: Tensor) -> None:
+    path, _, attribute = name.rpartition(".")
+    old = getattr(module_at(model, path), attribute, None)
+    bind(model, name, value, old if isinstance(old, Tensor) else None)

@@ -7,12 +7,13 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from normsurgery.fold.affines import AFFINE_ROLES, STATISTICS, affine_of, is_affine, uses_batch
+from normsurgery.fold.affines import AFFINE_ROLES, affine_of, is_affine, uses_batch
 from normsurgery.fold.edits import Create, Edit, Fill, Scale, Shift
 from normsurgery.fold.ground import Affine, Ground, Landing, Run, is_torch_layer
 from normsurgery.fold.landings import affine_at
 from normsurgery.fold.unlisted import is_unlisted
 from normsurgery.graph.flow import Operand
+from normsurgery.spec import get
 from normsurgery.surgery.source import tensor_at
 from normsurgery.survey import Site
 
@@ -23,6 +24,9 @@ def on_norm_output(ground: Ground, run: Run, channels: Tensor, affine: Affine) -
     node = run.nodes[-1] if run.nodes else None
     offset = float(site.settings.get("weight_offset", 0.0))
     if node is None or site.attach != "norm" or offset:
+        return None
+    known = get(site.kind)
+    if known.affine is not None and not known.tail:
         return None
     wanted = [role for role in ("weight", "bias") if role not in site.parameters]
     created = _created(ground, site, wanted) if wanted else []
@@ -50,7 +54,7 @@ def on_norm_output(ground: Ground, run: Run, channels: Tensor, affine: Affine) -
 
 def _statistic(ground: Ground, site: Site) -> list[Operand]:
     """A tensor that every run of the norm reads, to tell whether all of them agree on new ones."""
-    name = site.parameters["running_var"]
+    name = site.parameters[get(site.kind).centre]
     return [Operand(name, tensor_at(ground.model, name), (0,))]
 
 
@@ -61,16 +65,17 @@ def on_norm_input(ground: Ground, run: Run, channels: Tensor, affine: Affine) ->
     takes up the scale, what is left of the mean goes to the bias. Raises Refused.
     """
     site = run.site
-    if site.attach != "norm" or not set(STATISTICS) <= set(site.parameters) or uses_batch(run):
+    centre = get(site.kind).centre
+    if centre not in site.parameters or uses_batch(run) or not run.nodes:
         return None
-    if not is_affine(site) or is_unlisted(site) or not run.nodes:
+    if not is_affine(site) or is_unlisted(site):
         return None
     ground.require_inner(run)
     axis = int(site.settings.get("channel_axis", 1))
     placed = affine_at(ground, run.nodes[0], channels, axis, affine)
     if placed.scale is not None and site.settings.get("weight_offset"):
         return None
-    roles = ("running_mean", *(AFFINE_ROLES if placed.scale is not None else ()))
+    roles = (centre, *(AFFINE_ROLES if placed.scale is not None else ()))
     missing = [role for role in roles if role not in site.parameters]
     created = _created(ground, site, missing) if missing else []
     if missing and not created:
@@ -88,7 +93,7 @@ def on_norm_input(ground: Ground, run: Run, channels: Tensor, affine: Affine) ->
 def _in_front(site: Site, created: Sequence[Create | Fill], affine: Affine) -> list[Edit]:
     """The edits on the tensors of a norm with statistics."""
     names = {edit.target.rpartition(".")[2]: edit.target for edit in created} | {**site.parameters}
-    mean, edits = names["running_mean"], list[Edit]()
+    mean, edits = names[get(site.kind).centre], list[Edit]()
     if affine.shift is not None:
         edits.append(Shift(mean, replace(affine.shift, factor=-affine.shift.factor)))
     own = affine_of(site).shift
@@ -105,7 +110,7 @@ def _in_front(site: Site, created: Sequence[Create | Fill], affine: Affine) -> l
 
 def _created(ground: Ground, site: Site, roles: Sequence[str]) -> list[Create | Fill]:
     """A neutral weight and bias for a norm of torch's with statistics that was made without."""
-    statistic = site.parameters.get("running_var")
+    statistic = site.parameters.get(get(site.kind).centre)
     if statistic is None or site.form != "module" or ground.choices.keep_classes:
         return []
     module = ground.model.get_submodule(site.path)

@@ -1,6 +1,6 @@
 """Modules that become two: one that is bound twice, or called in two places of one forward.
 
-A Step of the rule UNTIED says where a copy goes: to a path that bound the shared module (a site of
+An Untie says where a copy goes: to a path that bound the shared module (a site of
 form "module"), or to a call in the owner's forward ("formula"), which then calls its child `child`.
 Its edits name the copies of the tensors. These steps come first in a plan.
 """
@@ -12,27 +12,26 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from normsurgery.plan import Step
+from normsurgery.steps import Step, Untie
 from normsurgery.surgery.owner import OwnerCall, Placement, reapply, rewrite_owner
 from normsurgery.surgery.source import module_at
 from normsurgery.surgery.tree import paths_of
 from normsurgery.treecopy import tree_copy
 
-UNTIED = "untied"
 KIND = "shared module"
 
 
 def make_copies(
     model: nn.Module, steps: Sequence[Step], calls: Mapping[str, Sequence[OwnerCall]] | None
 ) -> None:
-    """Carry out the steps of the rule UNTIED, in place.
+    """Carry out the Untie steps, in place.
 
     calls: recorded calls of each owner by its path, to prove its new forward on, in eval mode;
         None: it was proven before, and is made again.
 
     Raises CannotRewrite where an owner's forward cannot be rewritten; that owner is as it was.
     """
-    own = [step for step in steps if step.rule == UNTIED]
+    own = [step for step in steps if isinstance(step, Untie)]
     for step in own:
         if step.site.form == "module":
             _bind_copy(model, step.site.path)
@@ -43,15 +42,15 @@ def make_copies(
 
 
 def _call_copies(
-    model: nn.Module, path: str, steps: Sequence[Step], calls: Sequence[OwnerCall] | None
+    model: nn.Module, path: str, steps: Sequence[Untie], calls: Sequence[OwnerCall] | None
 ) -> None:
     owner = module_at(model, path)
     placements = [
         Placement(
             step.site,
             step.child,
-            tree_copy(module_at(model, step.site.settings["source"]), clone=True),
-            copied=_below(path, step.site.settings["source"]),
+            tree_copy(module_at(model, step.source), clone=True),
+            copied=_below(path, step.source),
         )
         for step in steps
     ]

@@ -3,6 +3,9 @@
 RepVGG, MobileOne, ACNet and the like, after the batch norm behind each convolution was folded into
 it. A batch norm of the input itself, which is no convolution, is one with the kernel of an
 identity. A plain residual (x + conv(x)) is no norm and stays.
+
+The forward stays as it is. The sum is put into the convolution of one branch; in the place of each
+other branch stands a module that adds nothing (neutral.py).
 """
 
 from __future__ import annotations
@@ -12,9 +15,6 @@ from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
-from normsurgery.find.call_sites import call_site, names_at
-from normsurgery.find.candidates import NotProven
-from normsurgery.find.events import Event
 from normsurgery.find.places import LAYERS
 from normsurgery.fold.affines import is_affine
 from normsurgery.fold.branch_checks import require_own
@@ -23,58 +23,79 @@ from normsurgery.fold.checks import Check, NoMatch
 from normsurgery.fold.ground import Ground, Refused, Run
 from normsurgery.fold.kernels import Geometry, Sizes
 from normsurgery.fold.landings import CONVOLUTION, PRODUCTS, Layer, layer
-from normsurgery.graph import Op
-from normsurgery.graph.flow import Node
-from normsurgery.graph.positions import forward_of
-from normsurgery.survey import CallSite, Origin, Site
+from normsurgery.graph.nodes import (
+    arguments,
+    frames,
+    inputs_of,
+    is_constant,
+    maker,
+    module_of,
+    operator,
+    outputs_of,
+    shape,
+)
+from normsurgery.surgery.source import tensor_at
+from normsurgery.survey import Site
 
 KIND = "sum of branches"
 VIEWS = frozenset({"aten::view", "aten::_unsafe_view", "aten::reshape"})
+ADDITIONS = frozenset({"aten::add", "aten::sub"})
 
 
 @dataclass(frozen=True)
 class Branch:
-    """One summand: a layer of torch's at `path`, or a norm of the input itself.
+    """One summand: a layer of torch's, or a norm of the input itself.
 
-    source: the value that it reads. nodes: everything it runs. normed: a norm is or was part of it.
-    between: what norms that are gone made of `source` in front of it.
+    source: the value that it reads. nodes: everything it runs. path: of the layer; of a norm, its
+    label. normed: a norm is or was part of it. sign: -1 where it is taken away. between: what norms
+    that are gone made of `source` in front of it.
     """
 
-    source: int
-    nodes: tuple[Node, ...]
+    source: fx.Node
+    nodes: tuple[fx.Node, ...]
     path: str
     normed: bool
+    sign: int = 1
     layer: Layer | None = None
     run: Run | None = None
-    between: tuple[int, ...] = ()
+    between: tuple[fx.Node, ...] = ()
+
+    @property
+    def essential(self) -> tuple[fx.Node, ...]:
+        """Without the views and the norms around it."""
+        if self.layer is not None:
+            return (self.layer.node,)
+        return self.nodes if self.run is None else self.run.nodes
 
 
 @dataclass(frozen=True)
 class BranchSum:
-    """A sum of branches that are one layer together.
+    """A sum of branches that are one layer together: that of the first of them.
 
-    owner: the path of the module whose forward adds them up; `call`: where. output: the value of
-    the sum. at: for each branch, the place of its kernel in the merged one. notes: for its Step.
+    owner: the path of the module whose forward adds them up. output: the value of the sum. places:
+    the path of the module that runs each other branch and nothing else. at: for each branch, the
+    place of its kernel in the first one's. notes: for its Step.
     """
 
     owner: str
-    output: int
-    paths: tuple[str, ...]
-    call: CallSite
+    output: fx.Node
     branches: tuple[Branch, ...]
+    places: tuple[str, ...]
     geometry: Geometry
     at: tuple[Sizes, ...]
     notes: tuple[str, ...] = ()
 
     @property
-    def label(self) -> str:
-        """As the label of the Site that its Step has."""
-        line = self.call.output.line if self.call.output is not None else "?"
-        return f"{self.owner}#line{line}"
+    def kept(self) -> Layer:
+        """The layer that the sum is put into."""
+        found = self.branches[0].layer
+        assert found is not None
+        return found
 
     @property
-    def convolutions(self) -> tuple[str, ...]:
-        return tuple(branch.path for branch in self.branches if branch.layer is not None)
+    def label(self) -> str:
+        """That of the Site which its Step has: the path of the layer that is kept."""
+        return self.branches[0].path
 
     @property
     def identities(self) -> tuple[Site, ...]:
@@ -102,9 +123,10 @@ def branch_sums(ground: Ground) -> tuple[list[BranchSum], list[Apart]]:
     """
     found: list[BranchSum] = []
     apart: list[Apart] = []
-    for output, branches in _sums(ground):
+    modules = _Places(ground)
+    for output, branches in _sums(ground, modules):
         try:
-            found.append(_branch_sum(ground, output, branches))
+            found.append(_branch_sum(ground, modules, output, branches))
         except Refused as refusal:
             apart.append(Apart(refusal.match, _identities(branches)))
     return found, apart
@@ -114,51 +136,98 @@ def _identities(branches: Sequence[Branch]) -> tuple[Site, ...]:
     return tuple(branch.run.site for branch in branches if branch.run is not None)
 
 
+# --- who runs a branch --------------------------------------------------------------------------
+
+
+class _Places:
+    """The modules of a recorded run, by what each of them runs."""
+
+    def __init__(self, ground: Ground) -> None:
+        self.ground = ground
+        # id of a module -> what it runs, but for views of its weights
+        self.ran: dict[int, set[fx.Node]] = {}
+        for node in ground.flow.operations:
+            if not outputs_of(node) or not all(map(is_constant, outputs_of(node))):
+                for frame in frames(node):
+                    self.ran.setdefault(id(frame.module), set()).add(node)
+
+    def of(self, branch: Branch) -> nn.Module:
+        """The outermost module that runs the branch, and nothing else, and holds nothing else.
+
+        Raises Refused where there is none.
+        """
+        inside = set(branch.nodes)
+        essential = set(branch.essential)
+        own = _tensors_of(self.ground, branch)
+        for frame in reversed(frames(branch.essential[0])):
+            ran = self.ran.get(id(frame.module), set())
+            held = {id(parameter) for parameter in frame.module.parameters()}
+            if essential <= ran <= inside and held <= own:
+                return frame.module
+        raise Refused(Check.NOT_REWRITABLE, f"no module runs {branch.path} alone")
+
+
+def _tensors_of(ground: Ground, branch: Branch) -> set[int]:
+    """The ids of the parameters of its layer and of the norms in it."""
+    sites = [] if branch.run is None else [branch.run.site]
+    inside = set(branch.nodes)
+    for run in (ground.ends[end] for end in ground.gone):
+        sites += [run.site] if inside.issuperset(run.nodes) else []
+    own = {id(tensor_at(ground.model, n)) for site in sites for n in site.parameters.values()}
+    operands = () if branch.layer is None else (branch.layer.weight, branch.layer.bias)
+    return own | {id(operand.tensor) for operand in operands if operand is not None}
+
+
 # --- the sums -----------------------------------------------------------------------------------
 
 
-def _sums(ground: Ground) -> Iterator[tuple[int, list[Branch]]]:
+def _sums(ground: Ground, modules: _Places) -> Iterator[tuple[fx.Node, list[Branch]]]:
     """The output and the branches of each sum that is not part of a larger one."""
-    done: set[int] = set()
-    for node in reversed(ground.flow.nodes):
-        if node.name == "aten::add" and node.index not in done:
-            yield from _Tree(ground, done).found_from(node)
+    done: set[fx.Node] = set()
+    for node in reversed(ground.flow.operations):
+        if operator(node) in ADDITIONS and node not in done:
+            yield from _Tree(ground, modules, done).found_from(node)
 
 
 class _Tree:
     """One tree of additions, read from its root."""
 
-    def __init__(self, ground: Ground, done: set[int]) -> None:
-        self.ground, self.done = ground, done
-        self.root = -1
-        self.found: list[tuple[int, list[Branch]]] = []
+    def __init__(self, ground: Ground, modules: _Places, done: set[fx.Node]) -> None:
+        self.ground, self.modules, self.done = ground, modules, done
+        self.found: list[tuple[fx.Node, list[Branch]]] = []
 
-    def found_from(self, root: Node) -> list[tuple[int, list[Branch]]]:
-        self.root = root.outputs[0]
+    def found_from(self, root: fx.Node) -> list[tuple[fx.Node, list[Branch]]]:
+        self.root = outputs_of(root)[0]
         self._keep(self.root, self._addition(root))
         return self.found
 
-    def _keep(self, output: int, branches: list[Branch] | None) -> None:
+    def _keep(self, output: fx.Node, branches: list[Branch] | None) -> None:
         if branches is None or len(branches) < 2:
             return
         if any(branch.layer for branch in branches) and any(branch.normed for branch in branches):
             self.found.append((output, branches))
 
-    def _addition(self, node: Node) -> list[Branch] | None:
+    def _addition(self, node: fx.Node) -> list[Branch] | None:
         """The branches it adds up; None where one summand is none, and the others are kept."""
-        self.done.add(node.index)
+        self.done.add(node)
         plain = node.kwargs.get("alpha", 1) == 1
-        if len(node.inputs) == 1 and plain and node.args[1] == 0:  # sum() begins with 0
-            return self._branches(node.inputs[0], (node,))
-        shapes = {self.ground.flow.shape(value) for value in (*node.inputs, *node.outputs)}
-        if len(node.inputs) != 2 or not plain or len(shapes) != 1:
+        sign = -1 if operator(node) == "aten::sub" else 1
+        begins = len(inputs_of(node)) == 1 and plain and arguments(node)[1] == 0
+        if begins:  # sum() begins with 0
+            return self._branches(inputs_of(node)[0], (node,))
+        shapes = {shape(value) for value in (*inputs_of(node), *outputs_of(node))}
+        if len(inputs_of(node)) != 2 or not plain or len(shapes) != 1:
             return None
         # What is added to itself is no two branches.
-        parts = [(value, self._branches(value, (node,))) for value in dict.fromkeys(node.inputs)]
-        known = [branches for _, branches in parts if branches is not None]
-        together = self._of_one_value([branch for branches in known for branch in branches])
-        if len(known) == 2 and together is not None:
-            return together
+        parts = [
+            (value, self._branches(value, (node,))) for value in dict.fromkeys(inputs_of(node))
+        ]
+        if len(parts) == 2 and all(branches is not None for _, branches in parts):
+            first, second = (branches or [] for _, branches in parts)
+            negated = [replace(branch, sign=sign * branch.sign) for branch in second]
+            together = self._of_one_value([*first, *negated])
+            if together is not None:
+                return together
         for value, branches in parts:
             self._keep(value, branches)
         return None
@@ -177,22 +246,22 @@ class _Tree:
             for branch, values in zip(branches, read, strict=True)
         ]
 
-    def _begun_at(self, branch: Branch, passed: Sequence[int], source: int) -> Branch:
+    def _begun_at(self, branch: Branch, passed: Sequence[fx.Node], source: fx.Node) -> Branch:
         """The branch with the norms that are gone in front of it, whose outputs are `passed`. One
         that something outside the sum reads as well is no part of it."""
         if not passed:
             return branch
-        inside = {node.index for node in self.ground.flow.between(source, self.root)}
+        inside = set(self.ground.flow.between(source, self.root))
         own = [
             value
             for value in passed
-            if all(node.index in inside for node in self.ground.flow.readers(value))
+            if all(node in inside for node in self.ground.flow.readers(value))
         ]
         before = [node for value in reversed(own) for node in self.ground.ends[value].nodes]
         nodes, between = (*before, *branch.nodes), (*branch.between, *own)
         return replace(branch, source=source, nodes=nodes, between=between, normed=True)
 
-    def _back_from(self, value: int) -> list[int]:
+    def _back_from(self, value: fx.Node) -> list[fx.Node]:
         """The value, and those that it was made of by norms that are gone."""
         found = [value]
         while value in self.ground.gone:
@@ -200,47 +269,45 @@ class _Tree:
             found.append(value)
         return found
 
-    def _branches(self, value: int, readers: Sequence[Node]) -> list[Branch] | None:
+    def _branches(self, value: fx.Node, readers: Sequence[fx.Node]) -> list[Branch] | None:
         try:
             return self._summand(value, readers)
         except Refused:
             return None
 
-    def _summand(self, value: int, readers: Sequence[Node]) -> list[Branch] | None:
-        ground, flow = self.ground, self.ground.flow
+    def _summand(self, value: fx.Node, readers: Sequence[fx.Node]) -> list[Branch] | None:
+        ground = self.ground
         ground.require_only(value, readers)
-        nodes: tuple[Node, ...] = ()
+        nodes: tuple[fx.Node, ...] = ()
         normed = value in ground.gone
         run = ground.ends.get(value)
         if run is not None and not normed:
-            return [_identity(ground, run)] if _is_affine_run(run) else None
+            return [self._identity(run)] if is_affine(run.site) else None
         while value in ground.gone:
             gone = ground.ends[value]
             value, readers, nodes = gone.start, gone.nodes, (*gone.nodes, *nodes)
             ground.require_only(value, readers)
-        node = flow.maker(value)
+        node = maker(value)
         if node is None:
             return None
-        if node.name == "aten::add" and not nodes:
+        if operator(node) in ADDITIONS and not nodes:
             return self._addition(node)
-        while node is not None and node.name in VIEWS:
-            ground.require_only(node.inputs[0], (node,))
+        while node is not None and operator(node) in VIEWS:
+            ground.require_only(inputs_of(node)[0], (node,))
             nodes = (node, *nodes)
-            node = flow.maker(node.inputs[0])
-        if node is None or (node.name != CONVOLUTION and node.name not in PRODUCTS):
+            node = maker(inputs_of(node)[0])
+        if node is None or (operator(node) != CONVOLUTION and operator(node) not in PRODUCTS):
             return None
         return [_layer_branch(ground, node, nodes, normed)]
 
-
-def _is_affine_run(run: Run) -> bool:
-    return run.site.form == "module" and is_affine(run.site)
-
-
-def _identity(ground: Ground, run: Run) -> Branch:
-    return Branch(run.start, run.nodes, run.site.path, normed=True, run=run)
+    def _identity(self, run: Run) -> Branch:
+        """Raises Refused where no module runs the norm alone."""
+        found = Branch(run.start, run.nodes, run.site.label, normed=True, run=run)
+        self.modules.of(found)
+        return found
 
 
-def _layer_branch(ground: Ground, node: Node, after: Sequence[Node], normed: bool) -> Branch:
+def _layer_branch(ground: Ground, node: fx.Node, after: Sequence[fx.Node], normed: bool) -> Branch:
     """Raises Refused where it is no layer of torch's with weights of its own, run once."""
     found = layer(ground, node)
     module = ground.child_of(node, found.weight)
@@ -250,16 +317,17 @@ def _layer_branch(ground: Ground, node: Node, after: Sequence[Node], normed: boo
     if (found.into, found.out) != (1, 0):
         raise Refused(Check.AXIS, f"{where} has its weight the other way round")
     source, before = _source(ground, found, node)
-    return Branch(source, (*before, node, *after), _path(ground, module), normed, layer=found)
+    nodes = (*before, node, *after)
+    return Branch(source, nodes, _path(ground, module), normed, layer=found)
 
 
-def _source(ground: Ground, found: Layer, node: Node) -> tuple[int, list[Node]]:
+def _source(ground: Ground, found: Layer, node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
     """What the layer reads, seen through the views that a linear layer makes of it."""
-    value, reader, before = found.input, node, list[Node]()
-    while node.name != CONVOLUTION and (maker := ground.flow.maker(value)) is not None:
-        if maker.name not in VIEWS or len(ground.flow.readers(value)) != 1:
+    value, reader, before = found.input, node, list[fx.Node]()
+    while operator(node) != CONVOLUTION and (made_by := maker(value)) is not None:
+        if operator(made_by) not in VIEWS or len(ground.flow.readers(value)) != 1:
             break
-        value, reader = maker.inputs[0], maker
+        value, reader = inputs_of(made_by)[0], made_by
         before.insert(0, reader)
     return value, before
 
@@ -267,62 +335,40 @@ def _source(ground: Ground, found: Layer, node: Node) -> tuple[int, list[Node]]:
 # --- one sum ------------------------------------------------------------------------------------
 
 
-def _branch_sum(ground: Ground, output: int, branches: Sequence[Branch]) -> BranchSum:
-    """Raises Refused where its branches are no one layer together, or not in one forward."""
-    # The largest kernel first: a tensor that is made is made like its tensors.
-    layers = [branch for branch in branches if branch.layer is not None]
-    ordered = [*layers, *(branch for branch in branches if branch.layer is None)]
-    geometry, at = merged_geometry(ground, ordered)
-    node = ground.flow.maker(output)
-    owner = None if node is None else node.module
-    if node is None or owner is None or isinstance(owner, fx.GraphModule):
+def _branch_sum(
+    ground: Ground, modules: _Places, output: fx.Node, branches: Sequence[Branch]
+) -> BranchSum:
+    """Raises Refused where its branches are no one layer together, or run by no module alone."""
+    geometry, places = merged_geometry(ground, branches)
+    at = dict(zip(map(id, branches), places, strict=True))
+    # The last one: zeros are added up before it, and hardly any to a tensor.
+    kept = next((branch for branch in reversed(branches) if _has_room(branch, geometry)), None)
+    if kept is None:
+        raise Refused(Check.AXIS, "none of its kernels has room for the others")
+    node = maker(output)
+    owner = None if node is None else module_of(node)
+    if owner is None:
         raise Refused(Check.NOT_REWRITABLE, "the sum is made outside any forward of a module")
-    for branch in ordered:
+    for branch in branches:
         require_own(ground, branch, owner)
         for value in branch.between:
-            ground.require_only(value, [node for other in ordered for node in other.nodes])
+            ground.require_only(value, [node for other in branches for node in other.nodes])
+    others = [branch for branch in branches if branch is not kept]
+    ordered = (kept, *others)
     return BranchSum(
         owner=_path(ground, owner),
         output=output,
-        paths=ground.located.recording.paths[id(owner)],
-        call=_call(ground, owner, node, output, ordered),
-        branches=tuple(ordered),
+        branches=ordered,
+        places=tuple(_path(ground, modules.of(branch)) for branch in others),
         geometry=geometry,
-        at=at,
+        at=tuple(at[id(branch)] for branch in ordered),
     )
 
 
-def _call(
-    ground: Ground, owner: nn.Module, node: Node, output: int, branches: Sequence[Branch]
-) -> CallSite:
-    recording, source = ground.located.recording, branches[0].source
-    assert node.op is not None
-    nodes = ground.flow.between(source, output)
-    ops = tuple(part.op for part in nodes if part.op is not None)
-    event = Event(source, output, (), node.op.frames, constant=False)
-    try:
-        call = call_site(recording, owner, owner, event, output, ops, source)
-    except NotProven as error:
-        raise Refused(Check.NOT_REWRITABLE, str(error)) from error
-    if call.input.name is not None:
-        return call
-    # Local names are known where the owner itself runs an operation: at the additions.
-    frames = (op.frames[0] for op in ops if op.frames and op.frames[0].module is owner)
-    bound = {name for frame in frames for name, value in frame.names.items() if value == source}
-    # Two names of one value may be two values in another call: what is given to a branch is meant.
-    written = [name for name in _given_names(owner, ops) if name in bound]
-    if len(bound) > 1 and not written:
-        raise Refused(Check.NOT_REWRITABLE, "what its branches read has two names")
-    name = next(iter((*written, *bound)), None)
-    return call if name is None else replace(call, input=Origin(name))
-
-
-def _given_names(owner: nn.Module, ops: Sequence[Op]) -> Iterator[str]:
-    """The names in the expressions of the owner's forward that run the operations."""
-    for frame in (frame for op in ops for frame in op.frames if frame.module is owner):
-        function = None if frame.code is None else forward_of(type(owner), frame.code)
-        if function is not None:
-            yield from names_at(function, frame.span)
+def _has_room(branch: Branch, geometry: Geometry) -> bool:
+    found = branch.layer
+    kernel = () if found is None else tuple(found.weight.tensor.shape[2:])
+    return found is not None and branch.sign > 0 and kernel == geometry.kernel
 
 
 def _path(ground: Ground, module: nn.Module) -> str:

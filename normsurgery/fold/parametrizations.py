@@ -17,8 +17,8 @@ from normsurgery.fold.checks import Check, NoMatch
 from normsurgery.fold.computed_weights import ComputedWeight, computed_weights, refusal_of
 from normsurgery.fold.inference_forms import apply_strip, strip_steps
 from normsurgery.fold.plain_layers import make_plain
-from normsurgery.plan import BAKED, INFERENCE_FORM, Step
 from normsurgery.spec import Fidelity
+from normsurgery.steps import BakeWeight, Step, Strip
 from normsurgery.surgery.inherit import tensor_in
 from normsurgery.surgery.source import module_at
 from normsurgery.survey import Site, Skip, Survey
@@ -66,7 +66,7 @@ def apply_baked(model: nn.Module, step: Step) -> nn.Module:
     needs a gradient, and attributes set on the parameter, are those of its original.
     Raises UsageError where the model is not the one that was planned for.
     """
-    if step.rule == INFERENCE_FORM:
+    if isinstance(step, Strip):
         return apply_strip(model, step)
     make_plain(module_at(model, step.site.path), step.edits, step.site.path)
     return model
@@ -104,12 +104,10 @@ def _site(found: ComputedWeight, paths: tuple[str, ...], index: int) -> Site:
 
 
 def _step(site: Site, found: ComputedWeight) -> Step:
-    return Step(
+    return BakeWeight(
         site=site,
         to="identity",
         options={},
         fidelity=Fidelity.EVAL if found.kind == "spectralnorm" else Fidelity.FORWARD,
-        action="fold",
-        rule=BAKED,
         edits=found.edits,
     )

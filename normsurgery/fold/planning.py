@@ -11,17 +11,17 @@ from torch import nn
 from normsurgery.fold.centring import centre
 from normsurgery.fold.checks import NoMatch
 from normsurgery.fold.ground import Choices, Ground
-from normsurgery.fold.measuring import Measured, measured
-from normsurgery.fold.merged_layers import with_biases
+from normsurgery.fold.measuring import Measured, located_in, measured
 from normsurgery.fold.parametrizations import apply_baked, baked_steps
 from normsurgery.fold.steps import skip
 from normsurgery.fold.unlisted import is_unlisted
 from normsurgery.fold.untying import with_own_copies
 from normsurgery.fold.worklist import Key, Worklist
 from normsurgery.inputs import Inputs
-from normsurgery.plan import MeasuredCall, Plan, Step, versions
+from normsurgery.plan import MeasuredCall, Plan, versions
 from normsurgery.selection import is_meant, select
 from normsurgery.spec import Fidelity
+from normsurgery.steps import Step
 from normsurgery.surgery.planning import with_children
 from normsurgery.survey import Skip, Survey
 from normsurgery.treecopy import tree_copy
@@ -67,10 +67,14 @@ def plan_fold(
 class Planner:
     """Plans folds of one model; the runs that they are measured on are made once."""
 
-    def __init__(self, model: nn.Module, inputs: Inputs, request: Request) -> None:
+    def __init__(
+        self, model: nn.Module, inputs: Inputs, request: Request, survey: Survey | None = None
+    ) -> None:
+        """survey: what was found before; found anew without."""
         self.model, self.inputs, self.request = model, inputs, request
         self.baked, self.left, self.ready = _baked(model, request)
-        self.measured = measured(self.ready, inputs, request.choices, request.calls)
+        example = located_in(self.ready, inputs, survey)
+        self.measured = measured(self.ready, inputs, example, request.choices, request.calls)
         self.survey = self.measured.example.survey
         sites = (*self.survey.sites, *(step.site for step in self.baked))
         chosen = select(sites, request.kind, request.only, request.exclude)
@@ -103,7 +107,7 @@ class Planner:
         skips = [*self.left, *self._skips(work)]
         done = {step.site.label for step in work.made.values()}
         skips += [skip for skip in self.survey.skips if skip.path not in done]
-        steps = with_biases(list(work.made.values()))
+        steps = list(work.made.values())
         plan = Plan(
             type(self.model).__name__,
             with_children(self.ready, [*self.baked, *steps]),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection, Iterator
 
-from torch import nn
+from torch import fx, nn
 
-from normsurgery.fold.affines import STATISTICS, has_tail, is_affine, uses_batch
+from normsurgery.fold.affines import has_tail, is_affine, uses_batch
 from normsurgery.fold.checks import Check
 from normsurgery.fold.ground import Ground, Refused
 from normsurgery.graph import ModuleCall
+from normsurgery.spec import Law, get
 from normsurgery.surgery.obstacles import obstacle
 from normsurgery.surgery.references import ModuleReferences
 from normsurgery.survey import Site
@@ -25,15 +26,15 @@ def require(ground: Ground, model: nn.Module, site: Site, around: ModuleReferenc
     runs = ground.runs[site.index]
     if not runs:
         raise Refused(Check.NOT_RUN)
-    batch = site.kind == "batchnorm" or is_affine(site)
+    batch = Law.BATCH_INDEPENDENT not in get(site.kind).laws or is_affine(site)
     if batch and any(map(uses_batch, runs)):
-        statistics = set(STATISTICS) <= set(site.parameters)
-        raise Refused(Check.TRAIN_MODE if statistics else Check.NO_STATISTICS)
+        raise Refused(Check.TRAIN_MODE if is_affine(site) else Check.NO_STATISTICS)
     if _trains(model, site):
         raise Refused(Check.TRAIN_MODE, f"{site.path} is in train mode", _EVAL)
     if not is_affine(site) and not has_tail(site):
         raise Refused(Check.COMPUTES)
-    if site.form == "module" and any(_arguments(call) != 1 for call in _calls(ground, site)):
+    taken = 1 + len(site.settings.get("inputs", ()))
+    if site.form == "module" and any(_arguments(call) != taken for call in _calls(ground, site)):
         raise Refused(Check.NOT_REWRITABLE, f"{site.path} is given more than what it normalises")
     reason = obstacle(model, site, copies=False, around=around)
     if reason is not None:
@@ -70,7 +71,7 @@ def require_called_as(ground: Ground, site: Site, new: nn.Module) -> None:
             )
 
 
-def require_eval(ground: Ground, model: nn.Module, values: Collection[int]) -> None:
+def require_eval(ground: Ground, model: nn.Module, values: Collection[fx.Node]) -> None:
     """No module that was left in train mode works on the values. Raises Refused."""
     training = {path for path, module in model.named_modules() if module.training}
     if model.training or not training:
@@ -83,7 +84,7 @@ def require_eval(ground: Ground, model: nn.Module, values: Collection[int]) -> N
 
 
 def require_no_hooks(
-    ground: Ground, changed: Collection[int], modules: Collection[nn.Module]
+    ground: Ground, changed: Collection[fx.Node], modules: Collection[nn.Module]
 ) -> None:
     """No hook sees a value that changes, or belongs to a module that changes. Raises Refused."""
     recording = ground.located.recording
@@ -103,8 +104,6 @@ _REMOVE = "Remove the hook, or put what it does into a module."
 
 
 def _hooks(module: nn.Module) -> int:
-    from torch import fx
-
     if isinstance(module, fx.GraphModule):  # an exported program checks its inputs in a hook
         return 0
     return sum(len(getattr(module, name, ())) for name in HOOKS)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from normsurgery.fold.channels import (
     NEUTRAL,
@@ -29,7 +29,17 @@ from normsurgery.fold.ground import Ground, Landing, Refused, Run
 from normsurgery.fold.landings import EMBEDDING, bias_of, is_layer, layer, tensors_of_layer
 from normsurgery.fold.linearity import GATHERS, gathered_axes
 from normsurgery.fold.merged_layers import on_merged_mean
-from normsurgery.graph.flow import Node
+from normsurgery.graph.nodes import (
+    argument,
+    inputs_of,
+    is_constant,
+    maker,
+    name_of,
+    operator,
+    outputs_of,
+    shape,
+)
+from normsurgery.spec import get
 from normsurgery.survey import Site
 
 
@@ -37,7 +47,7 @@ from normsurgery.survey import Site
 class Stream:
     """Values that are sums of one another, what writes to them, and the norms that read them."""
 
-    values: dict[int, Tensor] = field(default_factory=dict)
+    values: dict[fx.Node, Tensor] = field(default_factory=dict)
     landings: list[Landing] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
 
@@ -47,17 +57,16 @@ class Stream:
 
 
 def is_candidate(site: Site) -> bool:
-    """A LayerNorm over the last axis alone."""
+    """A norm over the last axis alone that would be another one if the mean were zero."""
     sizes = site.settings.get("normalized_shape", ())
-    return site.kind == "layernorm" and site.attach == "norm" and len(sizes) == 1
+    return site.attach == "norm" and bool(get(site.kind).without_mean) and len(sizes) == 1
 
 
 def stream_of(ground: Ground, site: Site) -> Stream:
     """The stream that the norm reads. Raises Refused where it cannot be centred."""
     walk = _Walk(ground)
     for run in ground.runs[site.index]:
-        shape = ground.flow.shape(run.start)
-        walk.reach(run.start, along_axis(shape, len(shape) - 1))
+        walk.reach(run.start, along_axis(shape(run.start), -1))
     walk.explore()
     return walk.stream
 
@@ -67,9 +76,9 @@ class _Walk:
         self.ground = ground
         self.flow = ground.flow
         self.stream = Stream()
-        self.queue: list[int] = []
+        self.queue: list[fx.Node] = []
 
-    def reach(self, value: int, channels: Tensor) -> None:
+    def reach(self, value: fx.Node, channels: Tensor) -> None:
         """The value belongs to the stream, with its channels so."""
         known = self.stream.values.get(value)
         if known is not None:
@@ -95,31 +104,31 @@ class _Walk:
 
     # --- what writes ----------------------------------------------------------------------------
 
-    def _made_by(self, value: int, channels: Tensor) -> None:
-        node = self.flow.maker(value)
+    def _made_by(self, value: fx.Node, channels: Tensor) -> None:
+        node = maker(value)
         if node is None:
             raise Refused(Check.RESIDUAL, f"{self.ground.name(value)} writes to it")
         run = self.ground.ends.get(value)
-        merged = next((m for m in self.ground.merged if m.output == value), None)
+        merged = next((m for m in self.ground.merged if m.output is value), None)
         if merged is not None:  # the branches in it are no more
             self._write(node, on_merged_mean(self.ground, merged, channels))
         elif run is not None:
             self._written_by_norm(run, value)
         elif is_layer(self.ground, node):
             self._write(node, self._layer(node, channels))
-        elif node.name == EMBEDDING:
-            operand = self.ground.weight(node.inputs[0], node)
+        elif operator(node) == EMBEDDING:
+            operand = self.ground.weight(inputs_of(node)[0], node)
             self._write(node, Landing((node,), (operand,), (Centre(operand.name, 1),)))
-        elif moves(self.flow, node):
+        elif moves(node):
             self._moved(node, value, channels)
         else:
             self._combined(node, channels)
 
-    def _written_by_norm(self, run: Run, value: int) -> None:
+    def _written_by_norm(self, run: Run, value: fx.Node) -> None:
         if value in self.ground.gone:
             self.reach(self.ground.gone[value], self.stream.values[value])
             return
-        if run.site.kind == "layernorm" and not {"weight", "bias"} & set(run.site.parameters):
+        if get(run.site.kind).without_mean and not {"weight", "bias"} & set(run.site.parameters):
             return  # it gives mean zero
         raise Refused(
             Check.RESIDUAL,
@@ -127,7 +136,7 @@ class _Walk:
             "centring the norm's weight does not make it so",
         )
 
-    def _layer(self, node: Node, channels: Tensor) -> Landing:
+    def _layer(self, node: fx.Node, channels: Tensor) -> Landing:
         found = layer(self.ground, node)
         if vector(channels, found.channel_axis) is None or found.groups > 1:
             raise Refused(Check.RESIDUAL, f"{self.ground.path(node)} writes along another axis")
@@ -136,124 +145,122 @@ class _Walk:
         edits += [] if name is None else [Centre(name, 0)]
         return Landing((node,), tensors_of_layer(found), tuple(edits))
 
-    def _write(self, node: Node, landing: Landing) -> None:
+    def _write(self, node: fx.Node, landing: Landing) -> None:
         if landing not in self.stream.landings:
             self.stream.landings.append(landing)
 
-    def _constant(self, node: Node, value: int, channels: Tensor) -> None:
+    def _constant(self, node: fx.Node, value: fx.Node, channels: Tensor) -> None:
         """A named tensor that is added or put beside: position embeddings, a class token."""
         reader = node
-        while (maker := self.flow.maker(value)) is not None and moves(self.flow, maker):
+        while (made_by := maker(value)) is not None and moves(made_by):
             # Of a table that is sliced, the rows that are not read are centred as well.
-            found = whole_before(self.flow, maker, channels)
-            found = backwards(self.flow, maker, channels, value) if found is None else found
+            found = whole_before(made_by, channels)
+            found = backwards(made_by, channels, value) if found is None else found
             if found is None:
                 break
-            value, channels = maker.inputs[0], found
-        maker = self.flow.maker(value)
+            value, channels = inputs_of(made_by)[0], found
         place = vector_axis(channels)
-        if maker is not None and maker.name == EMBEDDING and place == channels.dim() - 1:
-            value, place = maker.inputs[0], 1
-        name = self.flow.recording.values[value].name
-        if self.flow.maker(value) is not None or name is None or place is None:
+        if made_by is not None and operator(made_by) == EMBEDDING and place == channels.dim() - 1:
+            value, place = inputs_of(made_by)[0], 1
+        if maker(value) is not None or name_of(value) is None or place is None:
             raise Refused(
                 Check.RESIDUAL, f"a computed constant in {self.ground.path(reader)} writes to it"
             )
         operand = self.ground.weight(value, reader)
         self._write(reader, Landing((reader,), (operand,), (Centre(operand.name, place),)))
 
-    def _moved(self, node: Node, value: int, channels: Tensor) -> None:
-        source = node.inputs[0]
-        if self.flow.is_constant(source):
+    def _moved(self, node: fx.Node, value: fx.Node, channels: Tensor) -> None:
+        source = inputs_of(node)[0]
+        if is_constant(source):
             self._constant(node, value, channels)
             return
-        found = backwards(self.flow, node, channels, value)
+        found = backwards(node, channels, value)
         if found is None or vector_axis(found) is None:
             self._refuse(Check.AXIS, f"{self.ground.path(node)} mixes its channels")
             return
         self.reach(source, found)
 
-    def _combined(self, node: Node, channels: Tensor) -> None:
-        if node.name in ("aten::add", "aten::cat"):
+    def _combined(self, node: fx.Node, channels: Tensor) -> None:
+        if operator(node) in ("aten::add", "aten::cat"):
             self._parts(node, channels)
-        elif node.name in ("aten::mul", "aten::div"):
+        elif operator(node) in ("aten::mul", "aten::div"):
             self._weighed(node, channels)
-        elif node.name in GATHERS and not any(
-            varies(channels, axis)
-            for axis in gathered_axes(self.flow, node) or {channels.dim() - 1}
+        elif operator(node) in GATHERS and not any(
+            varies(channels, axis) for axis in gathered_axes(node) or {channels.dim() - 1}
         ):
-            self.reach(node.inputs[0], channels)
+            self.reach(inputs_of(node)[0], channels)
         else:
-            name = node.name.removeprefix("aten::")
+            name = operator(node).removeprefix("aten::")
             raise Refused(Check.RESIDUAL, f"{name} in {self.ground.path(node)} writes to it")
 
-    def _parts(self, node: Node, channels: Tensor) -> None:
+    def _parts(self, node: fx.Node, channels: Tensor) -> None:
         """Summands, or what stands beside one another along another axis."""
-        axis = int(node.argument(1, "dim", 0)) if node.name == "aten::cat" else None
-        numbers = node.name == "aten::add" and len(node.inputs) < 2
+        axis = int(argument(node, 1, "dim", 0)) if operator(node) == "aten::cat" else None
+        numbers = operator(node) == "aten::add" and len(inputs_of(node)) < 2
         if numbers or (axis is not None and varies(channels, axis)):
             raise Refused(
-                Check.RESIDUAL, f"{node.name.removeprefix('aten::')} in {self.ground.path(node)}"
+                Check.RESIDUAL,
+                f"{operator(node).removeprefix('aten::')} in {self.ground.path(node)}",
             )
-        for part in node.inputs:
-            own = _broadcast(channels, self.flow.shape(part))
+        for part in inputs_of(node):
+            own = _broadcast(channels, shape(part))
             if own is None:
                 raise Refused(Check.RESIDUAL, f"{self.ground.path(node)} adds one number to all")
-            if self.flow.is_constant(part):
+            if is_constant(part):
                 self._constant(node, part, own)
             else:
                 self.reach(part, own)
 
-    def _weighed(self, node: Node, channels: Tensor) -> None:
+    def _weighed(self, node: fx.Node, channels: Tensor) -> None:
         """Times a number, or a mask that is the same for all channels: mean zero stays so."""
         (axis,) = (a for a, size in enumerate(channels.shape) if size != 1)
-        data = [v for v in node.inputs if _runs_along(self.flow.shape(v), channels, axis)]
-        if len(data) != 1 or data[0] != node.inputs[0] or self.flow.is_constant(data[0]):
+        data = [v for v in inputs_of(node) if _runs_along(shape(v), channels, axis)]
+        if len(data) != 1 or data[0] is not inputs_of(node)[0] or is_constant(data[0]):
             raise Refused(Check.RESIDUAL, f"a product in {self.ground.path(node)} writes to it")
         self.reach(data[0], channels)
 
     # --- what reads -----------------------------------------------------------------------------
 
-    def _read_by(self, value: int, channels: Tensor) -> None:
+    def _read_by(self, value: fx.Node, channels: Tensor) -> None:
         if value in self.flow.returned or value in self.flow.kept:
             raise Refused(Check.RESIDUAL, f"{self.ground.name(value)} is returned by the model")
         norms = [run for run in self._norms(value) if self._removes_mean(run, channels)]
-        inside = {node.index for run in norms for node in run.nodes}
+        inside = {node for run in norms for node in run.nodes}
         self.stream.runs += norms
         for run in self.ground.gone_from(value):
-            inside |= {node.index for node in run.nodes}
+            inside.update(run.nodes)
             self.reach(run.end, channels)
         for node in self.flow.readers(value):
-            if node.index not in inside:
+            if node not in inside:
                 self._stays_inside(node, value, channels)
 
-    def _norms(self, value: int) -> Iterable[Run]:
-        return (r for runs in self.ground.runs.values() for r in runs if r.start == value)
+    def _norms(self, value: fx.Node) -> Iterable[Run]:
+        return (r for runs in self.ground.runs.values() for r in runs if r.start is value)
 
     def _removes_mean(self, run: Run, channels: Tensor) -> bool:
         last = channels.dim() - 1
         return is_candidate(run.site) and varies(channels, last)
 
-    def _stays_inside(self, node: Node, value: int, channels: Tensor) -> None:
+    def _stays_inside(self, node: fx.Node, value: fx.Node, channels: Tensor) -> None:
         """A reader that hands the value on within the stream."""
-        if moves(self.flow, node) and node.inputs[0] == value:
-            for output in node.outputs:
-                found = forwards(self.flow, node, channels, output)
+        if moves(node) and inputs_of(node)[0] == value:
+            for output in outputs_of(node):
+                found = forwards(node, channels, output)
                 if found is None:
                     self._refuse(Check.AXIS, f"{self.ground.path(node)} mixes its channels")
                     return
                 self.reach(output, found)
             return
         inside = (
-            node.name in ("aten::add", "aten::cat", "aten::mul", "aten::div")
-            or node.name in GATHERS
+            operator(node) in ("aten::add", "aten::cat", "aten::mul", "aten::div")
+            or operator(node) in GATHERS
         )
-        if not inside or len(node.outputs) != 1 or is_layer(self.ground, node):
+        if not inside or len(outputs_of(node)) != 1 or is_layer(self.ground, node):
             raise Refused(
                 Check.RESIDUAL, f"{self.ground.path(node)} reads it, to which its mean matters"
             )
         # What it makes is in the stream, and asks for all that it is made of.
-        self.reach(node.outputs[0], _spread(channels, self.flow.shape(node.outputs[0])))
+        self.reach(outputs_of(node)[0], _spread(channels, shape(outputs_of(node)[0])))
 
 
 def vector_axis(channels: Tensor) -> int | None:
@@ -262,20 +269,20 @@ def vector_axis(channels: Tensor) -> int | None:
     return places[0] if len(places) == 1 else None
 
 
-def _broadcast(channels: Tensor, shape: Sequence[int]) -> Tensor | None:
+def _broadcast(channels: Tensor, sizes: Sequence[int]) -> Tensor | None:
     """The channels of an operand of this shape, which was broadcast."""
-    cut = channels.dim() - len(shape)
+    cut = channels.dim() - len(sizes)
     if cut < 0 or any(size != 1 for size in channels.shape[:cut]):
         return None
     own = channels.reshape(channels.shape[cut:])
-    fits = all(size in (1, full) for size, full in zip(own.shape, shape, strict=True))
+    fits = all(size in (1, full) for size, full in zip(own.shape, sizes, strict=True))
     return own if fits else None
 
 
-def _spread(channels: Tensor, shape: Sequence[int]) -> Tensor:
-    return channels.reshape([1] * (len(shape) - channels.dim()) + list(channels.shape))
+def _spread(channels: Tensor, sizes: Sequence[int]) -> Tensor:
+    return channels.reshape([1] * (len(sizes) - channels.dim()) + list(channels.shape))
 
 
-def _runs_along(shape: Sequence[int], channels: Tensor, axis: int) -> bool:
-    place = axis - channels.dim() + len(shape)
-    return place >= 0 and shape[place] == channels.shape[axis]
+def _runs_along(sizes: Sequence[int], channels: Tensor, axis: int) -> bool:
+    place = axis - channels.dim() + len(sizes)
+    return place >= 0 and sizes[place] == channels.shape[axis]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from normsurgery.fold.affines import affine_of, is_affine
 from normsurgery.fold.agreement import Agreed, agree
@@ -21,6 +21,7 @@ from normsurgery.fold.ground import Ground, Landing, Refused, Run
 from normsurgery.fold.landings import PRODUCTS
 from normsurgery.fold.unlisted import is_unlisted
 from normsurgery.graph.flow import Operand
+from normsurgery.graph.nodes import operator, shape
 from normsurgery.surgery.obstacles import lost_fact
 from normsurgery.surgery.source import tensor_at
 from normsurgery.survey import Site
@@ -37,7 +38,7 @@ class Proposal:
     rule: str
     agreed: Agreed
     landings: tuple[Landing, ...]
-    changed: frozenset[int]
+    changed: frozenset[fx.Node]
     to: str
     options: Mapping[str, Any] = field(default_factory=dict)
     gone: bool = False
@@ -50,7 +51,7 @@ def into_producer(ground: Ground, site: Site, runs: Sequence[Run]) -> Proposal:
     landings: list[Landing] = []
     for run in runs:
         ground.require_inner(run)
-        landings += walk.through_run(run, _channels(ground, site, run.start), affine_of(site))
+        landings += walk.through_run(run, _channels(site, run.start), affine_of(site))
     return Proposal(
         "into producer",
         agree(ground, landings),
@@ -68,7 +69,7 @@ def into_consumers(ground: Ground, site: Site, runs: Sequence[Run]) -> Proposal:
     landings: list[Landing] = []
     for run in runs:
         ground.require_inner(run)
-        channels = _channels(ground, site, run.end)
+        channels = _channels(site, run.end)
         landings += walk.consumers(run.end, channels, affine_of(site))
     if not landings:
         raise Refused(Check.NO_NEIGHBOUR, "nothing reads its output")
@@ -95,7 +96,7 @@ def into_padding_consumers(ground: Ground, site: Site, runs: Sequence[Run]) -> P
     found = []
     for run in runs:
         ground.require_inner(run)
-        channels = _channels(ground, site, run.end)
+        channels = _channels(site, run.end)
         found.append(padded_readers(ground, run.end, channels, affine))
     first = found[0]
     if any(padded.amounts != first.amounts for padded in found):
@@ -113,7 +114,7 @@ def into_padding_consumers(ground: Ground, site: Site, runs: Sequence[Run]) -> P
         "into consumers, explicit padding",
         agree(ground, landings),
         landings,
-        frozenset[int]().union(*(padded.changed for padded in found)),
+        frozenset[fx.Node]().union(*(padded.changed for padded in found)),
         "identity" if is_affine(site) else site.kind,
         {**kept, "pad": list(first.amounts), "unpadded": list(paths)},
         notes=(f"pads {number} elements explicitly on these inputs",),
@@ -135,13 +136,13 @@ def _require_own_tensors(ground: Ground, site: Site, runs: Sequence[Run]) -> Non
     What a norm read that is gone, nobody reads any more.
     """
     gone = [ground.ends[end] for end in ground.gone]
-    nodes = {n.index for run in (*runs, *gone) for n in run.nodes}
+    nodes = {n for run in (*runs, *gone) for n in run.nodes}
     left = tuple(f"{path}." for run in gone for path in run.site.paths if path)
     for name in (name for name in site.parameters.values() if name not in ground.created):
         operand = Operand(name, tensor_at(ground.model, name), ())
         names = [n for n in ground.flow.names(operand.tensor) if not n.startswith(left)]
         others = [other for other in names if not _is_one_place(ground, other, name)]
-        readers = [use for use in ground.flow.uses(operand) if use.index not in nodes]
+        readers = [use for use in ground.flow.uses(operand) if use not in nodes]
         if others or readers:
             told = f"{name} is {others[0]}" if others else f"{ground.path(readers[0])} reads {name}"
             raise Refused(Check.TIED, told, "untie=True makes an affine with tensors of its own.")
@@ -157,24 +158,24 @@ def _rank_notes(
     ground: Ground, site: Site, runs: Sequence[Run], landings: Sequence[Landing]
 ) -> tuple[str, ...]:
     """In two dimensions axis 1 is the last one; with more the norm and a linear layer part."""
-    flat = all(len(ground.flow.shape(run.start)) == 2 for run in runs)
+    flat = all(len(shape(run.start)) == 2 for run in runs)
     if not flat or site.settings.get("channel_axis") != 1:
         return ()
-    linear = [landing.nodes[0] for landing in landings if landing.nodes[0].name in PRODUCTS]
+    linear = [landing.nodes[0] for landing in landings if operator(landing.nodes[0]) in PRODUCTS]
     if not linear:
         return ()
     where = ground.path(linear[0])
     return (f"for two dimensions: with more, it works on axis 1 and {where} on the last",)
 
 
-def _channels(ground: Ground, site: Site, value: int) -> Tensor:
-    shape = ground.flow.shape(value)
+def _channels(site: Site, value: fx.Node) -> Tensor:
+    sizes = shape(value)
     axis = int(site.settings.get("channel_axis", 1))
     features = site.settings.get("features")
     spans = len(site.settings.get("normalized_shape", ())) > 1
-    if spans or len(shape) < 2 or features != shape[axis % len(shape)]:
+    if spans or len(sizes) < 2 or features != sizes[axis % len(sizes)]:
         raise Refused(Check.AXIS, "its weight does not run along one axis of its input")
-    return along_axis(shape, axis)
+    return along_axis(sizes, axis)
 
 
 # Of one norm, and those of its runs that are meant, in one recorded call.

@@ -97,7 +97,7 @@ class _Memory:
         self.own.add(name)
 
     def vector(self, edit: Edit, vector: Vector) -> Tensor:
-        by_role = {role: self.read(edit, vector.tensors[role]) for role in vector.roles}
+        by_role = {role: self.read(edit, name) for role, name in vector.tensors.items()}
         try:
             return values(vector, by_role)
         except UsageError as error:
@@ -255,7 +255,7 @@ def _add_kernel(edit: AddKernel, memory: _Memory) -> None:
     target, source = memory.read(edit, edit.target), memory.read(edit, edit.source)
     _require_kernel(edit, target, source)
     window = _window(edit.at, source.shape[2:])
-    memory.change(edit, edit.target)[window].add_(source)
+    memory.change(edit, edit.target)[window].add_(source, alpha=edit.factor)
 
 
 def _window(at: Sequence[int], sizes: Sequence[int]) -> tuple[slice, ...]:
@@ -278,7 +278,7 @@ def _require_kernel(edit: AddKernel, target: Tensor, source: Tensor) -> None:
 def _add_tensor(edit: AddTensor, memory: _Memory) -> None:
     target, source = memory.read(edit, edit.target), memory.read(edit, edit.source)
     _require_equal_shape(edit, target, edit.source, source)
-    memory.change(edit, edit.target).add_(source)
+    memory.change(edit, edit.target).add_(source, alpha=edit.factor)
 
 
 def _add_identity(edit: AddIdentity, memory: _Memory) -> None:
@@ -292,7 +292,7 @@ def _add_identity(edit: AddIdentity, memory: _Memory) -> None:
     centre = memory.change(edit, edit.target)
     for at in reversed(edit.at):
         centre = centre.select(-1, at)
-    centre[outputs, outputs % target.shape[1]] += by
+    centre[outputs, outputs % target.shape[1]] += edit.factor * by
 
 
 def _require_identity(edit: AddIdentity, target: Tensor) -> None:

@@ -18,18 +18,19 @@ from normsurgery.find.call_sites import call_site
 from normsurgery.find.candidates import NotProven
 from normsurgery.find.events import Event
 from normsurgery.fold.edits import Copy
-from normsurgery.fold.own_copies import KIND, UNTIED, make_copies
-from normsurgery.graph import FrameRecord, ModuleCall, Op, Recording, Ref, record
+from normsurgery.fold.own_copies import KIND, make_copies
+from normsurgery.graph import Flow, FrameRecord, ModuleCall, record
+from normsurgery.graph.nodes import frames, maker
 from normsurgery.inputs import Inputs
-from normsurgery.plan import Step
 from normsurgery.spec import Fidelity
+from normsurgery.steps import Untie
 from normsurgery.surgery.calls import recorded_calls
 from normsurgery.surgery.names import fresh_name
 from normsurgery.survey import CallSite, Origin, Site
 from normsurgery.treecopy import tree_copy
 
 
-def possible_copies(model: nn.Module, inputs: Inputs, *, first: int) -> list[Step]:
+def possible_copies(model: nn.Module, inputs: Inputs, *, first: int) -> list[Untie]:
     """A Step for every module that could be split so that each call has one of its own.
 
     first: the number of the first Site. The model itself is not touched.
@@ -51,21 +52,21 @@ def possible_copies(model: nn.Module, inputs: Inputs, *, first: int) -> list[Ste
 # --- bound at two paths -------------------------------------------------------------------------
 
 
-def _at_paths(tree: nn.Module, norms: Collection[str]) -> list[Step]:
+def _at_paths(tree: nn.Module, norms: Collection[str]) -> list[Untie]:
     first: dict[int, str] = {}
-    steps: list[Step] = []
+    steps: list[Untie] = []
     for path, module in tree.named_modules(remove_duplicate=False):
         source = first.setdefault(id(module), path)
         if source != path and module._parameters and path not in norms:
-            site = _site(module, (path,), source, None)
-            steps.append(_step(module, site, f"{path}."))
+            site = _site(module, (path,), None)
+            steps.append(_step(module, site, source, f"{path}."))
     return steps
 
 
 # --- called in two places of a forward ----------------------------------------------------------
 
 
-def _in_forwards(recording: Recording, norms: Collection[str]) -> list[Step]:
+def _in_forwards(recording: Flow, norms: Collection[str]) -> list[Untie]:
     """One Step for each place but the first, with a child's name that is free in the owner."""
     found: dict[int, _Shared] = {}
     for call in recording.module_calls:
@@ -75,7 +76,7 @@ def _in_forwards(recording: Recording, norms: Collection[str]) -> list[Step]:
                 found[id(shared.module)] = shared
     paths = [recording.path(shared.module) for shared in found.values()]
     taken: dict[int, set[str]] = {}
-    steps: list[Step] = []
+    steps: list[Untie] = []
     for shared in found.values():
         path, prefix = (recording.path(m) for m in (shared.module, shared.owner))
         if any(other.startswith(f"{path}.") for other in paths):
@@ -84,9 +85,9 @@ def _in_forwards(recording: Recording, norms: Collection[str]) -> list[Step]:
         for place in shared.places[1:]:
             child = _fresh(path.rpartition(".")[2], names)
             names.add(child)
-            site = _site(shared.module, recording.paths[id(shared.owner)], path, place)
+            site = _site(shared.module, recording.paths[id(shared.owner)], place)
             below = f"{prefix}.{child}." if prefix else f"{child}."
-            steps.append(replace(_step(shared.module, site, below), child=child))
+            steps.append(replace(_step(shared.module, site, path, below), child=child))
     return steps
 
 
@@ -99,7 +100,7 @@ class _Shared:
     places: tuple[CallSite, ...]
 
 
-def _shared(recording: Recording, module: nn.Module, norms: Collection[str]) -> _Shared | None:
+def _shared(recording: Flow, module: nn.Module, norms: Collection[str]) -> _Shared | None:
     """The module, or what it is in, that one forward calls in several places; None without."""
     while (found := _places(recording, module)) is not None:
         path = recording.path(module)
@@ -113,7 +114,7 @@ def _shared(recording: Recording, module: nn.Module, norms: Collection[str]) -> 
     return None
 
 
-def _places(recording: Recording, module: nn.Module) -> _Shared | None:
+def _places(recording: Flow, module: nn.Module) -> _Shared | None:
     """Where it is called more than once by one owner; None unless each call is of one value and
     gives one."""
     calls = [call for call in recording.module_calls if call.module is module]
@@ -125,25 +126,24 @@ def _places(recording: Recording, module: nn.Module) -> _Shared | None:
     return _Shared(module, known[0][0], tuple(places))
 
 
-def _place(recording: Recording, call: ModuleCall) -> tuple[nn.Module, CallSite] | None:
+def _place(recording: Flow, call: ModuleCall) -> tuple[nn.Module, CallSite] | None:
     by_position = len(call.args) == 1 and not call.kwargs
     by_name = not call.args and list(call.kwargs) == ["input"]
     if not by_position and not by_name:
         return None
     given = call.args[0] if by_position else call.kwargs["input"]
-    if not isinstance(given, Ref) or not isinstance(call.output, Ref):
+    if not isinstance(given, fx.Node) or not isinstance(call.output, fx.Node):
         return None
-    made = recording.values[call.output.value].op
-    if made is None or not call.start <= made < call.end:
+    made = maker(call.output)
+    if made is None or made not in call.operations:
         return None
-    frames = _outside(recording.ops[made], call.module)
-    if not frames or isinstance(frames[0].module, fx.GraphModule):
+    outside = _outside(made, call.module)
+    if not outside or isinstance(outside[0].module, fx.GraphModule):
         return None
-    owner = frames[0].module
-    event = Event(given.value, call.output.value, (), frames, constant=False)
-    ops = tuple(recording.ops[call.start : call.end])
+    owner = outside[0].module
+    event = Event(given, call.output, (), outside, constant=False)
     try:
-        found = call_site(recording, owner, owner, event, call.output.value, ops, given.value)
+        found = call_site(recording, owner, owner, event, call.output, call.operations, given)
     except NotProven:
         return None
     assert found.output is not None
@@ -151,24 +151,24 @@ def _place(recording: Recording, call: ModuleCall) -> tuple[nn.Module, CallSite]
     return owner, replace(found, input=Origin(), region=(found.output,))
 
 
-def _outside(op: Op, module: nn.Module) -> tuple[FrameRecord, ...]:
+def _outside(node: fx.Node, module: nn.Module) -> tuple[FrameRecord, ...]:
     """The frames around the module's own."""
-    own = [place for place, frame in enumerate(op.frames) if frame.module is module]
-    return op.frames[own[-1] + 1 :] if own else ()
+    own = [place for place, frame in enumerate(frames(node)) if frame.module is module]
+    return frames(node)[own[-1] + 1 :] if own else ()
 
 
 def _fresh(name: str, taken: set[str]) -> str:
     return fresh_name(name if name.isidentifier() else "shared", taken, first=2)
 
 
-def _proven(tree: nn.Module, steps: Sequence[Step], inputs: Inputs) -> list[Step]:
+def _proven(tree: nn.Module, steps: Sequence[Untie], inputs: Inputs) -> list[Untie]:
     """The steps of the owners whose forwards can be rewritten; on a model without values, none."""
     held = (*tree.parameters(), *tree.buffers())
     if not steps or any(tensor.is_meta for tensor in held):
         return []
     paths = list(dict.fromkeys(step.site.path for step in steps))
     calls = recorded_calls(tree, paths, inputs)
-    proven: list[Step] = []
+    proven: list[Untie] = []
     for path in paths:
         group = [step for step in steps if step.site.path == path]
         try:
@@ -182,7 +182,7 @@ def _proven(tree: nn.Module, steps: Sequence[Step], inputs: Inputs) -> list[Step
 # --- steps --------------------------------------------------------------------------------------
 
 
-def _site(module: nn.Module, paths: tuple[str, ...], source: str, call: CallSite | None) -> Site:
+def _site(module: nn.Module, paths: tuple[str, ...], call: CallSite | None) -> Site:
     return Site(
         index=0,
         kind=KIND,
@@ -190,26 +190,25 @@ def _site(module: nn.Module, paths: tuple[str, ...], source: str, call: CallSite
         form="module" if call is None else "formula",
         class_name=type(module).__name__,
         parameters={},
-        settings={"source": source, "bytes": sum(map(_size, module.parameters()))},
+        settings={},
         attach="layer",
         call=call,
     )
 
 
-def _step(module: nn.Module, site: Site, prefix: str) -> Step:
-    source = site.settings["source"]
+def _step(module: nn.Module, site: Site, source: str, prefix: str) -> Untie:
     named = dict(module.named_parameters())
-    return Step(
+    return Untie(
         site=site,
         to="identity",
         options={},
         fidelity=Fidelity.EVAL,
-        action="fold",
         notes=tuple(
             f"untied: {prefix}{name} is a copy of its own ({_size(tensor)} bytes)"
             for name, tensor in named.items()
         ),
-        rule=UNTIED,
+        source=source,
+        size=sum(map(_size, named.values())),
         edits=tuple(Copy(f"{prefix}{name}", f"{source}.{name}") for name in named),
     )
 

@@ -11,28 +11,28 @@ from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.utils._pytree import tree_leaves
 
 from normsurgery.find.events import plain
-from normsurgery.fold.weight_formulas import (
-    RELATIVE,
-    relative_error,
+from normsurgery.fold.weight_formulas import RELATIVE, relative_error
+from normsurgery.graph import Flow, record
+from normsurgery.graph.nodes import arguments, is_constant, name_of, operator, outputs_of, tensor
+from normsurgery.inputs import Inputs
+from normsurgery.norms.weightstandardization import (
+    per_output,
     standardization,
     standardization_settings,
 )
-from normsurgery.graph import Op, Recording, Ref, record
-from normsurgery.inputs import Inputs
-from normsurgery.norms.weightstandardization import per_output
 from normsurgery.precision import lifted
 from normsurgery.treecopy import tree_copy
 
 _LARGEST_EPS = 0.1
 WEIGHT_ARGUMENT = {
-    "aten.convolution.default": 1,
-    "aten.addmm.default": 2,
-    "aten.mm.default": 1,
+    "aten::convolution": 1,
+    "aten::addmm": 2,
+    "aten::mm": 1,
 }
 
 
@@ -58,7 +58,7 @@ def computes_its_weight(layer: nn.Module) -> bool:
     weight: Any = layer.weight
     x = next(example_inputs(layer)).to("meta", weight.dtype)
     recording = record(tree_copy(layer).to("meta"), Inputs((x,)))
-    return recording.values[plain(recording, _weight_used(recording)[0])].name != "weight"
+    return name_of(plain(_weight_used(recording)[0])) != "weight"
 
 
 def read_standardization(layer: nn.Module) -> tuple[dict[str, str], dict[str, Any]]:
@@ -69,11 +69,12 @@ def read_standardization(layer: nn.Module) -> tuple[dict[str, str], dict[str, An
     """
     with lifted():
         recording = record(layer, Inputs((next(example_inputs(layer)),)))
-    value, layer_op = _weight_used(recording)
-    used = recording.values[value].tensor
-    if layer_op.name != "aten.convolution.default":
+    value, node = _weight_used(recording)
+    used = tensor(value)
+    if operator(node) != "aten::convolution":
         used = used.t()
-    before = [op for op in recording.ops[: layer_op.index] if _is_constant(recording, op)]
+    ran = recording.operations[: recording.operations.index(node)]
+    before = [earlier for earlier in ran if _makes_constants(earlier)]
     weight = cast(Any, layer).weight.detach()
     for settings in _hypotheses(layer, before):
         standard = standardization({"weight": weight}, settings)
@@ -83,9 +84,9 @@ def read_standardization(layer: nn.Module) -> tuple[dict[str, str], dict[str, An
     raise LookupError("its weight is computed by a formula that is not known")
 
 
-def _hypotheses(layer: nn.Module, ops: Sequence[Op]) -> Iterator[dict[str, Any]]:
+def _hypotheses(layer: nn.Module, nodes: Sequence[fx.Node]) -> Iterator[dict[str, Any]]:
     axis, groups = (1, layer.groups) if isinstance(layer, _ConvTransposeNd) else (0, 1)
-    written = [leaf for op in ops for leaf in tree_leaves((op.args, dict(op.kwargs)))]
+    written = [leaf for node in nodes for leaf in tree_leaves((node.args, node.kwargs))]
     numbers = [*written, *vars(layer).values()]
     small = [n for n in numbers if isinstance(n, float) and 0.0 < n <= _LARGEST_EPS]
     for eps, correction, root in itertools.product(
@@ -127,16 +128,16 @@ def _constant(factor: Tensor, layer: nn.Module) -> float | None:
     return next(same, float(mean))
 
 
-def _weight_used(recording: Recording) -> tuple[int, Op]:
+def _weight_used(recording: Flow) -> tuple[fx.Node, fx.Node]:
     """The value that the one layer of the run takes as its weight (transposed, for a linear)."""
-    layers = [op for op in recording.ops if op.name in WEIGHT_ARGUMENT]
+    layers = [node for node in recording.operations if operator(node) in WEIGHT_ARGUMENT]
     if len(layers) != 1:
         raise LookupError("its forward is not that of one layer")
-    given = layers[0].args[WEIGHT_ARGUMENT[layers[0].name]]
-    if not isinstance(given, Ref) or not recording.values[given.value].constant:
+    given = arguments(layers[0])[WEIGHT_ARGUMENT[operator(layers[0])]]
+    if not isinstance(given, fx.Node) or not is_constant(given):
         raise LookupError("its weight depends on its input")
-    return given.value, layers[0]
+    return given, layers[0]
 
 
-def _is_constant(recording: Recording, op: Op) -> bool:
-    return bool(op.outputs) and all(recording.values[v].constant for v in op.outputs)
+def _makes_constants(node: fx.Node) -> bool:
+    return bool(outputs_of(node)) and all(map(is_constant, outputs_of(node)))

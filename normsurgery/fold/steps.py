@@ -13,8 +13,8 @@ from normsurgery.fold.edits import Fill
 from normsurgery.fold.ground import Ground, Refused
 from normsurgery.fold.preconditions import require_called_as
 from normsurgery.fold.rules import Proposal
-from normsurgery.plan import Step
 from normsurgery.spec import Fidelity, get
+from normsurgery.steps import Fold
 from normsurgery.surgery.obstacles import lost_fact
 from normsurgery.surgery.references import ModuleReferences
 from normsurgery.surgery.source import build, source_of, tensor_at, what_is_left
@@ -28,7 +28,7 @@ def step_of(
     proposal: Proposal,
     left: NoMatch | None,
     around: ModuleReferences,
-) -> Step:
+) -> Fold:
     """The step that carries a proposal out. Raises Refused where no norm can be left in its place.
 
     left: why it is no more than what the proposal says.
@@ -37,15 +37,15 @@ def step_of(
     to, options = proposal.to, proposal.options
     if ground.choices.keep_classes:
         edits, to, options = (*edits, *neutral(site)), site.kind, {}
-    step = Step(
+    step = Fold(
         site=site,
         to=to,
         options=options,
         fidelity=Fidelity.EVAL,
-        action="fold",
         notes=(*proposal.agreed.notes, *proposal.notes, *_still(left)),
-        rule=proposal.rule,
+        where=proposal.rule,
         edits=edits,
+        changes=ground.givers(proposal.changed),
     )
     return _readable(ground, model, step, around)
 
@@ -63,7 +63,7 @@ def neutral(site: Site) -> tuple[Fill, ...]:
     )
 
 
-def _readable(ground: Ground, model: nn.Module, step: Step, around: ModuleReferences) -> Step:
+def _readable(ground: Ground, model: nn.Module, step: Fold, around: ModuleReferences) -> Fold:
     """The step, or one that leaves a neutral norm where other code asks for its weight's dtype."""
     conversion = get(step.to).conversion(step.site.kind)
     kept = ground.choices.keep_classes or "pad" in step.options
@@ -110,10 +110,12 @@ _HOPELESS = (Check.NO_NEIGHBOUR, Check.UNKNOWN, Check.NON_LINEAR, Check.ADDED, C
 
 def foremost(failed: Sequence[NoMatch]) -> NoMatch:
     """The failed check that stands closest to a fold; the first among equals."""
-    return min(failed, key=lambda match: _rank(match.check))
+    return min(failed, key=_rank)
 
 
-def _rank(check: Check) -> int:
-    if check is Check.NO_NEIGHBOUR:
-        return 2
-    return 1 if check in _HOPELESS else 0
+def _rank(match: NoMatch) -> int:
+    if match.call:  # the example allowed it
+        return 0
+    if match.check is Check.NO_NEIGHBOUR:
+        return 3
+    return 2 if match.check in _HOPELESS else 1

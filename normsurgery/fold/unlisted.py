@@ -11,12 +11,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from torch import nn
+from torch import fx, nn
 
 from normsurgery.find import Located
 from normsurgery.fold.edits import Vector
 from normsurgery.fold.ground import Affine
-from normsurgery.graph import ModuleCall, Op, Recording, Ref
+from normsurgery.graph import Flow, ModuleCall
+from normsurgery.graph.nodes import (
+    in_order,
+    inputs_of,
+    is_constant,
+    maker,
+    name_of,
+    operator,
+    outputs_of,
+    shape,
+    tensor,
+)
 from normsurgery.graph.operations import Operation, as_data
 from normsurgery.survey import Site
 
@@ -96,7 +107,7 @@ class _Reading:
     parts: tuple[str, ...]
 
 
-Spots = tuple[tuple[int, int], ...]
+Spots = tuple[tuple[fx.Node, fx.Node], ...]
 
 
 def _found(located: Located) -> Iterator[tuple[Site, Spots]]:
@@ -112,10 +123,10 @@ def _found(located: Located) -> Iterator[tuple[Site, Spots]]:
         spots = [spot for call in own if (spot := _spot(call)) is not None]
         if len(spots) != len(own):
             continue
-        readings = [_reading(recording, *pair) for pair in zip(own, spots, strict=True)]
+        readings = [_reading(*pair) for pair in zip(own, spots, strict=True)]
         first = readings[0]
         if first is not None and all(other == first for other in readings):
-            yield _site(recording, module, first, spots), tuple(spots)
+            yield _site(recording, module, first, tuple(spots)), tuple(spots)
 
 
 def _is_listed(located: Located, path: str) -> bool:
@@ -130,106 +141,101 @@ def _is_listed(located: Located, path: str) -> bool:
     )
 
 
-def _spot(call: ModuleCall) -> tuple[int, int] | None:
+def _spot(call: ModuleCall) -> tuple[fx.Node, fx.Node] | None:
     """The values that a call begins and ends with, where it is given and gives one."""
     given = (*call.args, *call.kwargs.values())
-    if len(given) != 1 or not isinstance(given[0], Ref) or not isinstance(call.output, Ref):
+    if len(given) != 1 or not isinstance(given[0], fx.Node):
         return None
-    return given[0].value, call.output.value
+    return (given[0], call.output) if isinstance(call.output, fx.Node) else None
 
 
-def _reading(recording: Recording, call: ModuleCall, spot: tuple[int, int]) -> _Reading | None:
+def _reading(call: ModuleCall, spot: tuple[fx.Node, fx.Node]) -> _Reading | None:
     start, end = spot
-    ops = _between(recording, start, end)
-    first, last = recording.values[start], recording.values[end]
-    alike = first.shape == last.shape and first.tensor.dtype == last.tensor.dtype
+    nodes = _between(start, end)
+    alike = shape(start) == shape(end) and tensor(start).dtype == tensor(end).dtype
     # Whatever else the call does, such as counting, would be lost with it.
-    whole = {op.index for op in ops} == set(range(call.start, call.end))
-    if not ops or not alike or not whole or first.constant:
+    if not nodes or not alike or nodes != call.operations or is_constant(start):
         return None
-    axes = [_axes(recording, op, len(first.shape)) for op in ops]
+    axes = [_axes(node, len(shape(start))) for node in nodes]
     along = {axis for found in axes if found is not None for axis in found}
-    names = _own_tensors(recording, call.module, ops)
+    names = _own_tensors(call.module, nodes)
     if None in axes or len(along) > 1 or not names:
         return None
     parameters = {f"tensor{number}": name for number, name in enumerate(names)}
-    operations = as_data(recording, ops, start, {name: role for role, name in parameters.items()})
+    operations = as_data(nodes, start, {name: role for role, name in parameters.items()})
     if operations is None:
         return None
-    return _Reading(operations, parameters, next(iter(along), None), _parts(recording, ops))
+    return _Reading(operations, parameters, next(iter(along), None), _parts(nodes))
 
 
-def _between(recording: Recording, start: int, end: int) -> tuple[Op, ...]:
+def _between(start: fx.Node, end: fx.Node) -> tuple[fx.Node, ...]:
     """The operations that make `end`, those on constants too; none where it is not of `start`."""
-    needed: dict[int, Op] = {}
+    needed: set[fx.Node] = set()
     queue, reached = [end], False
     while queue:
         value = queue.pop()
-        made_by = recording.values[value].op
-        if value == start:
+        made_by = maker(value)
+        if value is start:
             reached = True
         elif made_by is not None and made_by not in needed:
-            needed[made_by] = recording.ops[made_by]
-            queue.extend(recording.ops[made_by].inputs)
-        elif made_by is None and not recording.values[value].constant:
+            needed.add(made_by)
+            queue.extend(inputs_of(made_by))
+        elif made_by is None and not is_constant(value):
             return ()
-    return tuple(needed[index] for index in sorted(needed)) if reached else ()
+    return in_order(needed) if reached else ()
 
 
-def _name(op: Op) -> str:
-    schema = getattr(op.target, "_schema", None)
-    return "" if schema is None else str(schema.name).removeprefix("aten::")
+def _name(node: fx.Node) -> str:
+    return operator(node).removeprefix("aten::")
 
 
-def _axes(recording: Recording, op: Op, rank: int) -> set[int] | None:
+def _axes(node: fx.Node, rank: int) -> set[int] | None:
     """The axes of the input along which the operation differs; None where it may be not affine."""
-    values = recording.values
-    varying = [value for value in op.inputs if not values[value].constant]
+    varying = [value for value in inputs_of(node) if not is_constant(value)]
     if not varying:
-        return set() if _name(op) in _ON_CONSTANTS else None
-    plain = _name(op) in _ON_INPUT and len(varying) == 1 and len(op.outputs) == 1
-    if not plain or values[varying[0]].shape != values[op.outputs[0]].shape:
+        return set() if _name(node) in _ON_CONSTANTS else None
+    made = outputs_of(node)
+    plain = _name(node) in _ON_INPUT and len(varying) == 1 and len(made) == 1
+    if not plain or shape(varying[0]) != shape(made[0]):
         return None
-    inverse = _name(op) == "div" and op.inputs[0] != varying[0]
-    if inverse or op.kwargs.get("rounding_mode") is not None:
+    inverse = _name(node) == "div" and inputs_of(node)[0] is not varying[0]
+    if inverse or node.kwargs.get("rounding_mode") is not None:
         return None
     found: set[int] = set()
-    for value in op.inputs:
-        shape = values[value].shape if value != varying[0] else ()
-        found |= {rank - len(shape) + place for place, size in enumerate(shape) if size != 1}
+    for value in inputs_of(node):
+        sizes = shape(value) if value is not varying[0] else ()
+        found |= {rank - len(sizes) + place for place, size in enumerate(sizes) if size != 1}
     return found
 
 
-def _own_tensors(recording: Recording, module: nn.Module, ops: Sequence[Op]) -> list[str]:
+def _own_tensors(module: nn.Module, nodes: Sequence[fx.Node]) -> list[str]:
     """The names of the module's own tensors that the operations read; none where another's is."""
-    own = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
-    read = dict.fromkeys(value for op in ops for value in op.inputs)
-    constants = [recording.values[value] for value in read]
-    named = [value for value in constants if value.constant and value.op is None]
-    if any(value.name is None or id(value.tensor) not in own for value in named):
+    own = {id(held) for held in (*module.parameters(), *module.buffers())}
+    read = dict.fromkeys(value for node in nodes for value in inputs_of(node))
+    held = [value for value in read if value.op == "get_attr"]
+    names = [name for value in held if (name := name_of(value)) is not None]
+    if len(names) < len(held) or any(id(tensor(value)) not in own for value in held):
         return []
-    return list(dict.fromkeys(value.name for value in named if value.name is not None))
+    return list(dict.fromkeys(names))
 
 
-def _parts(recording: Recording, ops: Sequence[Op]) -> tuple[str, ...]:
-    constant = [value.constant for value in recording.values]
-    on_input = [op for op in ops if not all(constant[value] for value in op.inputs)]
-    names = {_name(op) for op in on_input}
+def _parts(nodes: Sequence[fx.Node]) -> tuple[str, ...]:
+    on_input = [node for node in nodes if not all(map(is_constant, inputs_of(node)))]
+    names = {_name(node) for node in on_input}
     # c - x has a scale too, and so has c + 2 * x.
     turned = any(
-        constant[op.inputs[0]] and (_name(op) == "sub" or op.kwargs.get("alpha", 1) != 1)
-        for op in on_input
+        is_constant(inputs_of(node)[0])
+        and (_name(node) == "sub" or node.kwargs.get("alpha", 1) != 1)
+        for node in on_input
     )
     scales = turned or bool(names & (_SCALES | {"addcmul", "rsub"}))
     shifts = bool(names & (_SHIFTS | {"addcmul"}))
     return (*(("scale",) if scales else ()), *(("shift",) if shifts else ()))
 
 
-def _site(
-    recording: Recording, module: nn.Module, found: _Reading, spots: Sequence[tuple[int, int]]
-) -> Site:
-    start = recording.values[spots[0][0]]
-    rank = len(start.shape)
+def _site(recording: Flow, module: nn.Module, found: _Reading, spots: Spots) -> Site:
+    start = spots[0][0]
+    rank = len(shape(start))
     # A scale that all channels share fits either place; images have their channels second.
     axis = found.axis if found.axis is not None else (1 if rank > 3 else rank - 1)
     return Site(
@@ -242,14 +248,14 @@ def _site(
         settings={
             "eps": 0.0,
             "channel_axis": -1 if axis == rank - 1 and axis != 1 else axis,
-            "features": start.shape[axis],
+            "features": shape(start)[axis],
             # Of the sizes only their number matters: another batch must give the same edits.
-            "shape": [size if place == axis else 2 for place, size in enumerate(start.shape)],
+            "shape": [size if place == axis else 2 for place, size in enumerate(shape(start))],
             "operations": list(found.operations),
             "parts": list(found.parts),
         },
-        shape=start.shape,
-        dtype=str(start.tensor.dtype).removeprefix("torch."),
+        shape=shape(start),
+        dtype=str(tensor(start).dtype).removeprefix("torch."),
         calls=len(spots),
         found_by="graph",
     )

@@ -8,21 +8,22 @@ attribute or another norm beside it that never ran, is said.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from types import CodeType, FunctionType
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from normsurgery.fold.checks import Check
 from normsurgery.fold.ground import Ground, Landing, Refused, Run
-from normsurgery.graph import FrameRecord, Op, Recording
+from normsurgery.graph import Flow, FrameRecord
+from normsurgery.graph.nodes import frames, inputs_of, is_constant, operator
 from normsurgery.graph.positions import forward_of, functions_of, syntax_of
 from normsurgery.surgery.attribute_chains import Chain, aliases_in, chains_at, self_name_of
 from normsurgery.surgery.references import HARMLESS_OF_TENSOR, child_named
 
-_READS = ("aten._local_scalar_dense", "aten.is_nonzero", "aten.equal", "aten.item")
+_READS = frozenset({"aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::item"})
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,10 @@ class UnrunCode:
         self.example = grounds[0]
         self.recordings = [ground.located.recording for ground in grounds]
 
-    def require_unnamed(self, landings: Sequence[Landing]) -> None:
-        """No line that no call ran names what the landings edit. Raises Refused."""
-        for operand in (operand for landing in landings for operand in landing.tensors):
-            path, _, last = operand.name.rpartition(".")
+    def require_unnamed(self, names: Iterable[str]) -> None:
+        """No line that no call ran names one of these tensors, or its module. Raises Refused."""
+        for name in names:
+            path, _, last = name.rpartition(".")
             module = self.example.model.get_submodule(path)
             for key in ((id(module), last), (id(module), None)):
                 if key in self._mentions:
@@ -69,6 +70,8 @@ class UnrunCode:
         model = self.example.model
         found: dict[tuple[int, str | None], Mention] = {}
         for path, owner in model.named_modules():
+            if isinstance(owner, fx.GraphModule):  # all of a graph runs, node by node
+                continue
             for function in _reached(owner, self._ran):
                 ran = self._ran.get(function.__code__, set())
                 without = _lines_that_raise(owner, function)
@@ -114,8 +117,8 @@ class UnrunCode:
 
     def _conditions(self, run: Run, landing: Landing) -> Iterator[str]:
         """The `if`s of one forward around the norm alone, or around what takes it up alone."""
-        first = run.nodes[0].frames if run.nodes else ()
-        second = landing.nodes[0].frames
+        first = frames(run.nodes[0]) if run.nodes else ()
+        second = frames(landing.nodes[0])
         shared = next((pair for pair in _shared(first, second)), None)
         if shared is None:
             return
@@ -135,20 +138,21 @@ class UnrunCode:
 
     def _require_no_data(self, frame: FrameRecord, test: ast.expr) -> None:
         recording = self.example.located.recording
-        for op in reads_data(recording):
-            spans = (f.span for f in op.frames if f.serial == frame.serial and f.span is not None)
+        for node in reads_data(recording):
+            spans = (
+                f.span for f in frames(node) if f.serial == frame.serial and f.span is not None
+            )
             last = test.end_lineno or test.lineno
             if any(test.lineno <= span.line <= last for span in spans):
                 raise Refused(Check.DATA_DEPENDENT, f"`if {ast.unparse(test)}` decides what runs")
 
 
-def reads_data(recording: Recording) -> tuple[Op, ...]:
+def reads_data(flow: Flow) -> tuple[fx.Node, ...]:
     """Operations that make a Python number of a tensor that depends on the inputs."""
-    constant = {number for number, value in enumerate(recording.values) if value.constant}
     return tuple(
-        op
-        for op in recording.ops
-        if op.name.startswith(_READS) and not constant.issuperset(op.inputs)
+        node
+        for node in flow.operations
+        if operator(node) in _READS and not all(map(is_constant, inputs_of(node)))
     )
 
 

@@ -14,7 +14,8 @@ from normsurgery.fold.checks import NoMatch
 from normsurgery.fold.edits import Edit
 from normsurgery.fold.own_copies import make_copies
 from normsurgery.fold.shared_modules import possible_copies
-from normsurgery.plan import Plan, Step
+from normsurgery.plan import Plan
+from normsurgery.steps import Untie
 from normsurgery.treecopy import tree_copy
 
 if TYPE_CHECKING:
@@ -48,14 +49,14 @@ def with_own_copies(
 
 
 def _planned(
-    planner: Planner, copies: Sequence[Step], refused: Mapping[Key, NoMatch]
+    planner: Planner, copies: Sequence[Untie], refused: Mapping[Key, NoMatch]
 ) -> tuple[Plan, frozenset[int]]:
     tree = tree_copy(planner.model)
     make_copies(tree, copies, None)
     return planner.on(tree).decided(refused, {})
 
 
-def _is_needed(step: Step, plan: Plan) -> bool:
+def _is_needed(step: Untie, plan: Plan) -> bool:
     """Whether the copy is edited in another way than what it is a copy of.
 
     A forward is rewritten once: one with a norm to take out of it keeps its shared modules.
@@ -82,7 +83,7 @@ def _shortened(edit: Edit, prefix: str) -> Edit:
     return replace(edit, **names)
 
 
-def _hint(copies: Sequence[Step]) -> str:
-    size = sum(step.site.settings["bytes"] for step in copies)
-    names = ", ".join(dict.fromkeys(step.site.settings["source"] for step in copies))
+def _hint(copies: Sequence[Untie]) -> str:
+    size = sum(step.size for step in copies)
+    names = ", ".join(dict.fromkeys(step.source for step in copies))
     return f"untie=True gives {names} a copy for every call that needs one ({size} bytes)."

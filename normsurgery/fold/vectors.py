@@ -11,8 +11,8 @@ from torch import Tensor
 from normsurgery.errors import UsageError
 from normsurgery.fold.edits import Vector
 from normsurgery.graph.operations import run as run_operations
-from normsurgery.norms.batchnorm import scale_and_shift
 from normsurgery.precision import NotFloat64, lifted
+from normsurgery.spec import get, weight_and_bias
 
 # So far out the scale alone decides the value: a shift 1e70 times the scale does not disturb it.
 FAR = 2.0**300
@@ -56,17 +56,17 @@ def _unindexed(vector: Vector, tensors: Mapping[str, Tensor]) -> Tensor:
         scale, shift = _of_operations(vector, tensors)
         return scale if vector.part == "scale" else shift
     _require_equal_sizes(vector, tensors)
-    if "running_var" in tensors:
-        mean = {"running_mean": torch.zeros_like(tensors["running_var"])}
-        scale, shift = scale_and_shift({**mean, **tensors}, vector.settings)
-        return scale if vector.part == "scale" else shift
-    role = "weight" if vector.part == "scale" else "bias"
+    parts_of = get(vector.kind).scale_and_shift if vector.kind else weight_and_bias
+    parts = parts_of({role: t.detach() for role, t in tensors.items()}, vector.settings)
+    if parts is None:
+        raise UsageError(
+            f"with {_named(vector)} a {vector.kind} is no scale and shift. Make the plan again."
+        )
+    part = parts[0] if vector.part == "scale" else parts[1]
     features = vector.settings.get("features")
-    if role not in tensors:
+    if part is None:
         return torch.full((_known(vector, features),), _neutral(vector), dtype=torch.float64)
-    plain = tensors[role].detach().reshape(-1)
-    if vector.part == "scale":
-        plain = plain + vector.settings.get("weight_offset", 0.0)
+    plain = part.reshape(-1)
     return plain if plain.numel() > 1 or features is None else plain.expand(int(features))
 
 

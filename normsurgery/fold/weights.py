@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,54 +10,61 @@ import torch
 from torch import Tensor, fx, nn
 
 from normsurgery.fold.editing import edited, kept_like, made_by, needed_by
-from normsurgery.fold.edits import Create
-from normsurgery.plan import MERGED, Step
+from normsurgery.fold.edits import Create, Drop, Edit, reads
+from normsurgery.steps import Merge, Step
 from normsurgery.surgery.owner.biases import give_biases
 from normsurgery.surgery.source import module_at, tensor_at
+
+# Registry of a module and name in it, of each place that binds a tensor, by the `id` of that.
+Slots = dict[int, list[tuple[dict[str, Any], str]]]
 
 
 def edit_weights(model: nn.Module, steps: Sequence[Step]) -> dict[str, Tensor]:
     """Run the edits of all steps on the model's tensors, in place of which new ones are bound.
 
-    A model without values (on the meta device) is only given room. Returns the tensors of merged
-    layers, which are not there yet. Raises CannotHold where a weight is not finite or its dtype
-    cannot hold the folded one; the model is untouched then.
+    A model without values (on the meta device) is only given room. Returns the tensors that merges
+    of branches change, which are bound when these are done. Raises CannotHold where a weight is not
+    finite or its dtype cannot hold the folded one; the model is untouched then.
     """
     before = {name: tensor_at(model, name) for name in needed_by(steps)}
     if any(tensor.is_meta for tensor in before.values()):
         make_room(model, steps)
         return {}
     results = edited(steps, before)
-    merged = _of_merged(steps)
     # The branches get what the norms make of them: the merge is proven on them.
-    apart = [_without(step, merged) for step in steps if step.rule != MERGED] if merged else steps
+    apart, late = _before_merges(steps)
     made = made_by(apart)
-    for name, result in (edited(apart, before) if merged else results).items():
-        _bind(model, name, result, None if name in made else before[name])
+    slots = slots_of(model)
+    for name, result in (edited(apart, before) if late else results).items():
+        bind(model, name, result, None if name in made else before[name], slots)
     _give_to_graphs(model, apart)
-    return {name: results[name] for name in merged}
+    return {name: results[name] for name in late if name in results}
 
 
-def _of_merged(steps: Sequence[Step]) -> set[str]:
-    """The tensors of layers that are only made when their branches are merged."""
-    edits = [edit for step in steps if step.rule == MERGED for edit in step.edits]
-    return {edit.target for edit in edits if isinstance(edit, Create)}
-
-
-def _without(step: Step, targets: Collection[str]) -> Step:
-    """The step without its edits of these tensors."""
-    return replace(step, edits=tuple(edit for edit in step.edits if edit.target not in targets))
+def _before_merges(steps: Sequence[Step]) -> tuple[Sequence[Step], set[str]]:
+    """The steps without merges and without what follows from these, and the tensors that do."""
+    late: set[str] = set()
+    apart: list[Step] = []
+    for step in steps:
+        kept: list[Edit] = []
+        for edit in step.edits:
+            if isinstance(step, Merge) and isinstance(edit, Drop):
+                continue
+            if isinstance(step, Merge) or not late.isdisjoint((edit.target, *reads(edit))):
+                late.add(edit.target)
+            else:
+                kept.append(edit)
+        apart.append(replace(step, edits=tuple(kept)))
+    return apart, late
 
 
 def make_room(model: nn.Module, steps: Sequence[Step]) -> None:
     """Give the model the tensors that the edits bring into being, for a state_dict to fill."""
     for name, edit in made_by(steps).items():
-        if name in _of_merged(steps):
-            continue
         like = tensor_at(model, kept_like(name, made_by(steps)))
         shape = edit.shape if isinstance(edit, Create) else like.shape
-        _bind(model, name, torch.zeros(shape, dtype=like.dtype, device=like.device), None)
-    _give_to_graphs(model, [step for step in steps if step.rule != MERGED])
+        bind(model, name, torch.zeros(shape, dtype=like.dtype, device=like.device), None)
+    _give_to_graphs(model, steps)
 
 
 def _give_to_graphs(model: nn.Module, steps: Sequence[Step]) -> None:
@@ -72,8 +79,13 @@ def _give_to_graphs(model: nn.Module, steps: Sequence[Step]) -> None:
         )
 
 
-def _bind(model: nn.Module, name: str, value: Tensor, old: Tensor | None) -> None:
-    """Put a tensor wherever the old one is bound; a new name gets a parameter of its own."""
+def bind(
+    model: nn.Module, name: str, value: Tensor, old: Tensor | None, slots: Slots | None = None
+) -> None:
+    """Put a tensor wherever the old one is bound; a new name gets a parameter of its own.
+
+    slots: of the model before any of its tensors is replaced, where many are.
+    """
     if old is None:
         path, _, attribute = name.rpartition(".")
         module = module_at(model, path)
@@ -85,13 +97,17 @@ def _bind(model: nn.Module, name: str, value: Tensor, old: Tensor | None) -> Non
     if isinstance(old, nn.Parameter):
         new = nn.Parameter(value, requires_grad=old.requires_grad)
         new.__dict__.update(vars(old))
-    for registry, attribute in _slots(model, old):
+    bound = slots_of(model) if slots is None else slots
+    for registry, attribute in bound.pop(id(old), ()):
         registry[attribute] = new
 
 
-def _slots(model: nn.Module, tensor: Tensor) -> Iterator[tuple[dict[str, Any], str]]:
+def slots_of(model: nn.Module) -> Slots:
+    """Where each tensor is bound, by the `id` of it."""
+    found: Slots = {}
     for module in model.modules():
-        for registry in (module._parameters, module._buffers):
+        registries: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for registry in registries:
             for name, held in registry.items():
-                if held is tensor:
-                    yield registry, name
+                found.setdefault(id(held), []).append((registry, name))
+    return found

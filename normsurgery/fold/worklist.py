@@ -24,7 +24,8 @@ from normsurgery.fold.rules import AFFINE_RULES, TAIL_RULES, Proposal, Rule, sta
 from normsurgery.fold.steps import foremost, step_of
 from normsurgery.fold.unrun_code import UnrunCode
 from normsurgery.graph.flow import Operand
-from normsurgery.plan import Step
+from normsurgery.graph.nodes import position
+from normsurgery.steps import Merge, Step, Together
 from normsurgery.surgery.references import ModuleReferences
 from normsurgery.survey import Site
 
@@ -155,7 +156,8 @@ class Worklist:
         if found:
             _require_same(ground, proposal, found[0].proposal)
         else:
-            self.unrun.require_unnamed(proposal.landings)
+            tensors = (operand for landing in proposal.landings for operand in landing.tensors)
+            self.unrun.require_unnamed(operand.name for operand in tensors)
             notes = self.unrun.chosen_by(runs, proposal.landings)
             proposal = replace(proposal, notes=(*proposal.notes, *notes))
         return Taken(ground, proposal, runs)
@@ -167,7 +169,15 @@ class Worklist:
         self.made[lead.index] = step
         for index in indices[1:]:
             site = self.example.site(index)
-            self.made[index] = replace(step, site=site, edits=(), notes=(f"with {lead.label}",))
+            self.made[index] = Together(
+                site=site,
+                to=step.to,
+                options=step.options,
+                fidelity=step.fidelity,
+                notes=(f"with {lead.label}",),
+                lead=lead.index,
+                where=step.where,
+            )
         for one in taken:
             take(one, indices)
         for ground in self.grounds:
@@ -207,7 +217,7 @@ class Worklist:
         steps = merge_steps(self.example, [one for one, _ in agreed], planned)
         for step in steps:
             self.made[step.site.index] = step
-        for (_, same), step in zip(agreed, (s for s in steps if s.edits), strict=True):
+        for (_, same), step in zip(agreed, (s for s in steps if isinstance(s, Merge)), strict=True):
             for ground, one in same:
                 ground.merged.append(merged_layer(one, step))
                 ground.settled.update(site.index for site in one.identities)
@@ -215,8 +225,12 @@ class Worklist:
         return True
 
     def _in_other_calls(self, found: BranchSum) -> list[tuple[Ground, BranchSum]] | None:
-        """The same sum in every call; None where one adds up something else."""
+        """The same sum in every call; None where one adds up something else, or may."""
         same = [(self.example, found)]
+        try:
+            self.unrun.require_unnamed(_tensors(found))
+        except Refused:
+            return None
         for ground in self.others:
             sums = [s for s in branch_sums(ground)[0] if _is_same_sum(s, found)]
             if sums:
@@ -237,7 +251,7 @@ def take(taken: Taken, indices: Collection[int]) -> None:
     ground.created |= proposal.agreed.created
     ground.untied |= proposal.agreed.untied
     ground.changed |= proposal.changed
-    ground.absorbing |= {node.index for landing in proposal.landings for node in landing.nodes}
+    ground.absorbing |= {node for landing in proposal.landings for node in landing.nodes}
     if proposal.gone:
         ground.gone.update({run.end: run.start for run in taken.runs})
 
@@ -306,10 +320,10 @@ def _tensors(found: BranchSum) -> list[str]:
 
 def _in_order(ground: Ground) -> list[Site]:
     """The sites in the order of their first run; those that did not run come last."""
-    last = len(ground.flow.recording.ops)
+    last = len(ground.flow.graph.nodes)
 
     def first(site: Site) -> int:
-        indices = [node.index for run in ground.runs[site.index] for node in run.nodes]
+        indices = [position(node) for run in ground.runs[site.index] for node in run.nodes]
         return min(indices, default=last)
 
     return sorted(ground.located.survey, key=first)

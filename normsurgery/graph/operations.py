@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from normsurgery.graph.recording import Op, Recording, Ref
+from normsurgery.graph.nodes import inputs_of, is_constant, name_of, outputs_of, tensor
 
 Operation = Mapping[str, Any]
 Tree = Any  # of JSON values
@@ -26,19 +26,19 @@ class _NotPlainError(Exception):
 
 
 def as_data(
-    recording: Recording, ops: Sequence[Op], start: int, roles: Mapping[str, str]
+    operations: Sequence[fx.Node], start: fx.Node, roles: Mapping[str, str]
 ) -> tuple[Operation, ...] | None:
     """The operations that lead from the value `start` to the last one's output.
 
     roles: name of a parameter or buffer -> its role. None where an operation is not ATen's, writes
     in place, reads anything else, or has the recorded sizes written into it.
     """
-    made: dict[int, Tree] = {start: {"x": True}}
+    made: dict[fx.Node, Tree] = {start: {"x": True}}
     found: list[Operation] = []
     try:
-        for number, op in enumerate(ops):
-            found.append(_operation(recording, op, start, roles, made))
-            for place, output in enumerate(op.outputs):
+        for number, operation in enumerate(operations):
+            found.append(_operation(operation, start, roles, made))
+            for place, output in enumerate(outputs_of(operation)):
                 made[output] = {"of": number, "output": place}
     except _NotPlainError:
         return None
@@ -63,32 +63,33 @@ def _function(name: str) -> Any:
 
 
 def _operation(
-    recording: Recording, op: Op, start: int, roles: Mapping[str, str], made: Mapping[int, Tree]
+    operation: fx.Node, start: fx.Node, roles: Mapping[str, str], made: Mapping[fx.Node, Tree]
 ) -> Operation:
-    if not op.name.startswith("aten.") or op.target._schema.is_mutable:
-        raise _NotPlainError(op.name)
-    x = recording.values[start].tensor
+    name, schema = str(operation.target), getattr(operation.target, "_schema", None)
+    if not name.startswith("aten.") or schema is None or schema.is_mutable:
+        raise _NotPlainError(name)
+    x = tensor(start)
 
     def encoded(value: Any) -> Tree:
-        if isinstance(value, Ref):
-            return made[value.value] if value.value in made else _role(recording, value, roles)
+        if isinstance(value, fx.Node):
+            return made[value] if value in made else _role(value, roles)
         if isinstance(value, (list, tuple)):
             if list(value) == list(x.shape) and len(value) > 1:
                 return {"shape of": "x"}
             return [encoded(item) for item in value]
         return _plain(value, x)
 
-    args = [encoded(value) for value in op.args]
-    kwargs = {name: encoded(value) for name, value in op.kwargs.items()}
-    if _has_sizes(op) and not _is_free(recording, op, args):
-        raise _NotPlainError(f"{op.name} to one shape")
-    return {"name": op.name, "args": args, "kwargs": kwargs}
+    args = [encoded(value) for value in operation.args]
+    kwargs = {name: encoded(value) for name, value in operation.kwargs.items()}
+    if _has_sizes(schema) and not _is_free(operation, args):
+        raise _NotPlainError(f"{name} to one shape")
+    return {"name": name, "args": args, "kwargs": kwargs}
 
 
-def _role(recording: Recording, value: Ref, roles: Mapping[str, str]) -> Tree:
-    name = recording.values[value.value].name
+def _role(value: fx.Node, roles: Mapping[str, str]) -> Tree:
+    name = name_of(value)
     if name is None or name not in roles:
-        raise _NotPlainError(f"value {value.value}")
+        raise _NotPlainError(f"value {value}")
     return {"role": roles[name]}
 
 
@@ -106,15 +107,14 @@ def _plain(value: Any, x: Tensor) -> Tree:
     raise _NotPlainError(repr(value))
 
 
-def _has_sizes(op: Op) -> bool:
-    names = {argument.name for argument in op.target._schema.arguments}
+def _has_sizes(schema: Any) -> bool:
+    names = {argument.name for argument in schema.arguments}
     return bool(names & {"size", "shape", "sizes", "repeats"})
 
 
-def _is_free(recording: Recording, op: Op, args: Sequence[Tree]) -> bool:
+def _is_free(operation: fx.Node, args: Sequence[Tree]) -> bool:
     """Its sizes are those of the input, or it only reshapes a parameter."""
-    constant = all(recording.values[value].constant for value in op.inputs)
-    return constant or args[1] == {"shape of": "x"}
+    return all(map(is_constant, inputs_of(operation))) or args[1] == {"shape of": "x"}
 
 
 def _decoded(

@@ -146,12 +146,7 @@ def node_at(tree: ast.AST, span: Span) -> ast.expr | ast.AugAssign | None:
     return None
 
 
-def span_at(node: ast.expr | ast.stmt) -> Span:
-    """The span of a node of `syntax_of`."""
-    return Span(*_position(node))
-
-
-def _position(node: ast.expr | ast.stmt) -> Position:
+def _position(node: ast.expr | ast.AugAssign) -> Position:
     return node.lineno, node.col_offset, node.end_lineno or 0, node.end_col_offset or 0
 
 

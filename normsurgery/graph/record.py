@@ -1,4 +1,4 @@
-"""Record one run of a model as a graph of ATen operations.
+"""Record one run of a model as a `torch.fx.Graph` of ATen operations.
 
 A recorded run sees what any tracer sees and works where tracers do not: control flow on data,
 `**kwargs`, dataclass outputs, item assignment. Every operation knows the modules whose forwards
@@ -7,34 +7,32 @@ were running, the expression in each that it belongs to, and its tensors by iden
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from itertools import count
 from types import CodeType, FrameType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from normsurgery.errors import CannotTrace
-from normsurgery.graph.lines import Lines
-from normsurgery.graph.nodes import NodeRunner, graphs_by_node
+from normsurgery.graph.by_node import NodeRunner, graphs_by_node
+from normsurgery.graph.calls import FrameRecord, FunctionCall, ModuleCall
+from normsurgery.graph.flow import Flow
+from normsurgery.graph.lines import Lines, Unwatched
+from normsurgery.graph.nodes import is_constant, nodes_in
 from normsurgery.graph.positions import span_of
-from normsurgery.graph.recording import (
-    FrameRecord,
-    FunctionCall,
-    ModuleCall,
-    Op,
-    Recording,
-    Ref,
-    Value,
-    refs_in,
-)
 from normsurgery.inputs import Inputs
 from normsurgery.randomstate import random_state_kept
+from normsurgery.survey import Span
 from normsurgery.treecopy import tensors_of, tree_copy
 
 _ASSERTS = torch.ops.aten._assert_tensor_metadata.default
@@ -47,7 +45,7 @@ def record(
     training: bool = False,
     watched: frozenset[Callable[..., Any]] = frozenset(),
     meta: bool = False,
-) -> Recording:
+) -> Flow:
     """Run a tree copy of `model` once under no_grad and record it.
 
     The user's model, its buffers and the global random state are as before. `watched` are torch
@@ -59,8 +57,8 @@ def record(
     inputs = inputs.to(device="meta") if meta else inputs
     copied.train(training) if training else _eval_in_place(copied)
     lines = Lines.of(copied)
-    recording = Recording(copied, _paths(copied), training, lines=lines.ran)
-    recorder = _Recorder(recording, watched)
+    flow = Flow(copied, _paths(copied), training, lines=lines.ran)
+    recorder = _Recorder(flow, watched)
     recorder.name_tensors(copied, inputs)
     try:
         with ExitStack() as stack:
@@ -79,7 +77,7 @@ def record(
         ) from error
     finally:
         recorder.close()
-    return recording
+    return flow
 
 
 def _eval_in_place(model: nn.Module) -> None:
@@ -97,111 +95,143 @@ def _paths(model: nn.Module) -> dict[int, tuple[str, ...]]:
 class _Recorder:
     """The state of one recording; the two modes and the module hooks report to it."""
 
-    def __init__(self, recording: Recording, watched: frozenset[Callable[..., Any]]) -> None:
-        self.recording = recording
+    def __init__(self, flow: Flow, watched: frozenset[Callable[..., Any]]) -> None:
+        self.flow = flow
         self.watched = watched
-        self._known: dict[int, int] = {}  # id(tensor) -> value
-        # Frames by id; they are kept, so that an id stays theirs.
-        self._frames: dict[int, tuple[FrameType, int]] = {}
-        self._modules_by_frame: dict[int, tuple[FrameType, nn.Module | None]] = {}
+        # id(tensor) -> its value; each is held by its node, so that an id stays its own.
+        self._known: dict[int, fx.Node] = {}
+        self._frames = _Frames(flow.paths, self._known)
         self._open_modules: list[tuple[nn.Module, tuple[Any, ...], Mapping[str, Any], int]] = []
+        self._positions = count()
         self._call: int | None = None
+        self._inside_one = False
 
     def close(self) -> None:
-        self._frames.clear()
-        self._modules_by_frame.clear()
+        """The graph ends with what the model gave back; nothing of the run is held any more."""
+        self.flow.graph.output(tuple(self.flow.outputs.values()))
+        self._frames.close()
         self._known.clear()
 
     def name_tensors(self, model: nn.Module, inputs: Inputs) -> None:
-        for name, tensor in (
+        for name, held in (
             *model.named_parameters(remove_duplicate=False),
             *model.named_buffers(remove_duplicate=False),
         ):
-            if id(tensor) not in self._known:
-                self._add(tensor, constant=True, name=name)
-        for tensor in tensors_of(model):
-            if id(tensor) not in self._known:
-                self._add(tensor, constant=True)
-        for position, tensor in enumerate(tree_leaves((inputs.args, dict(inputs.kwargs)))):
-            if isinstance(tensor, Tensor):
-                self._add(tensor, constant=False, name=f"input {position}")
+            if id(held) not in self._known:
+                self._attribute(held, name)
+        for held in tensors_of(model):
+            if id(held) not in self._known:
+                self._attribute(held, None)
+        for number, held in enumerate(tree_leaves((inputs.args, dict(inputs.kwargs)))):
+            if isinstance(held, Tensor):
+                node = self._node("placeholder", f"input_{number}", (), {})
+                self._stands_for(node, held, constant=False)
+                node.meta["name"] = f"input {number}"
 
-    def _add(
-        self, tensor: Tensor, *, constant: bool, name: str | None = None, op: int | None = None
-    ) -> int:
-        index = len(self.recording.values)
-        self.recording.values.append(Value(tensor, constant, name, op))
-        self._known[id(tensor)] = index
-        return index
+    def _node(self, op: str, target: Any, args: Any, kwargs: Any) -> fx.Node:
+        node = self.flow.graph.create_node(op, target, args, kwargs)
+        node.meta["position"] = next(self._positions)
+        return node
+
+    def _attribute(self, held: Tensor, name: str | None) -> fx.Node:
+        target = name if name is not None else f"constant {len(self._known)}"
+        node = self._node("get_attr", target, (), {})
+        if name is not None:
+            node.meta["name"] = name
+        return self._stands_for(node, held, constant=True)
+
+    def _stands_for(self, node: fx.Node, held: Tensor, *, constant: bool) -> fx.Node:
+        """From here on the node is what the tensor is: one that is written into is a new value."""
+        node.meta["val"], node.meta["constant"] = held, constant
+        self._known[id(held)] = node
+        return node
 
     def refer(self, tree: Any) -> Any:
-        """The tree with a Ref in place of every tensor."""
-
-        def one(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor):
-                return leaf
-            known = self._known.get(id(leaf))
-            return Ref(self._add(leaf, constant=True) if known is None else known)
-
-        return tree_map(one, tree)
+        """The tree with a node in place of every tensor."""
+        kind = type(tree)
+        if kind in _PLAIN:
+            return tree
+        if isinstance(tree, Tensor):
+            return self._known.get(id(tree)) or self._attribute(tree, None)
+        if kind is tuple or kind is list:
+            return kind([self.refer(item) for item in tree])
+        if kind is dict:
+            return {name: self.refer(item) for name, item in tree.items()}
+        return tree_map(lambda leaf: self.refer(leaf) if isinstance(leaf, Tensor) else leaf, tree)
 
     def operation(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        if func is _ASSERTS:  # reads no element of its tensor
+        if self._inside_one or func is _ASSERTS:  # an assert reads no element of its tensor
             return func(*args, **kwargs)
-        frames = self._where()
-        referred, keywords = self.refer(args), self.refer(dict(kwargs))
+        if not isinstance(func, OpOverload):  # it may run the model's own code
+            return self._as_one(func, args, kwargs)
+        with Unwatched():
+            return self._as_one(func, args, kwargs)
+
+    def _as_one(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        running = self._frames.now()
+        node_args, node_kwargs = self.refer(args), self.refer(dict(kwargs))
         result = func(*args, **kwargs)
-        values = self.recording.values
-        read = refs_in((referred, keywords))
-        constant = all(values[value].constant for value in read)
-        index = len(self.recording.ops)
-        # An in-place operation gives its tensor back: the same object is a new value from here on.
-        outputs = tuple(
-            self._add(leaf, constant=constant, op=index)
-            for leaf in tree_leaves(result)
-            if isinstance(leaf, Tensor)
-        )
-        self.recording.ops.append(Op(index, func, referred, keywords, outputs, frames, self._call))
+        node = self._node("call_function", func, node_args, node_kwargs)
+        read = nodes_in((node_args, node_kwargs))
+        constant = all(map(is_constant, read))
+        made = tuple(self._made(node, result, constant))
+        node.meta.update(inputs=read, outputs=made, frames=running, call=self._call)
+        self.flow.operations.append(node)
         return result
+
+    def _made(self, node: fx.Node, result: Any, constant: bool) -> Iterator[fx.Node]:
+        """The values that an operation, or a part of what it gave, stands for or holds."""
+        if isinstance(result, Tensor):
+            yield self._stands_for(node, result, constant=constant)
+        elif isinstance(result, (list, tuple)):
+            for place, part in enumerate(result):
+                if isinstance(part, (Tensor, list, tuple)):
+                    inner = self._node("call_function", operator.getitem, (node, place), {})
+                    yield from self._made(inner, part, constant)
 
     def function(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         if func in _SIZES and id(args[0]) in self._known:
-            self.recording.measured.add(self._known[id(args[0])])
+            self.flow.measured.add(self._known[id(args[0])])
+        if func is F.pad and (args[2] if len(args) > 2 else kwargs.get("mode")) == "circular":
+            return self._padding(args, kwargs)
         if func not in self.watched:
             return func(*args, **kwargs)
-        frames = self._where()
+        running = self._frames.now()
         referred, keywords = self.refer(args), self.refer(dict(kwargs))
-        start, index = len(self.recording.ops), len(self.recording.calls)
-        self.recording.calls.append(
-            FunctionCall(index, func, referred, keywords, None, frames, start, start)
-        )
-        self._call = index
+        start = len(self.flow.operations)
+        self._call = len(self.flow.calls)
         try:
             result = func(*args, **kwargs)
         finally:
             self._call = None
-        output, end = self.refer(result), len(self.recording.ops)
-        self.recording.calls[index] = FunctionCall(
-            index, func, referred, keywords, output, frames, start, end
-        )
+        inner = tuple(self.flow.operations[start:])
+        call = FunctionCall(func, referred, keywords, self.refer(result), running, inner)
+        self.flow.calls.append(call)
         return result
+
+    def _padding(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """A circular padding is a dozen copies into slices; it is recorded as the one call."""
+        self._inside_one = True
+        try:
+            return self._as_one(F.pad, args, kwargs)
+        finally:
+            self._inside_one = False
 
     @contextmanager
     def hooks(self, model: nn.Module) -> Iterator[None]:
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             referred = (self.refer(args), self.refer(kwargs))
-            self._open_modules.append((module, *referred, len(self.recording.ops)))
+            self._open_modules.append((module, *referred, len(self.flow.operations)))
 
         def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             while self._open_modules:
                 opened, given, keywords, start = self._open_modules.pop()
                 if opened is module:
-                    call = ModuleCall(
-                        module, given, keywords, self.refer(output), start, len(self.recording.ops)
-                    )
-                    self.recording.module_calls.append(call)
+                    inner = tuple(self.flow.operations[start:])
+                    call = ModuleCall(module, given, keywords, self.refer(output), inner)
+                    self.flow.module_calls.append(call)
                     return
 
         handles = []
@@ -216,21 +246,43 @@ class _Recorder:
             for handle in handles:
                 handle.remove()
 
-    def _where(self) -> tuple[FrameRecord, ...]:
-        frames: list[FrameRecord] = []
-        frame: FrameType | None = sys._getframe(3)
-        while frame is not None:
+
+class _Frames:
+    """Which forwards run, and where in them. Frames are kept, so that an id stays theirs."""
+
+    def __init__(self, paths: Mapping[int, tuple[str, ...]], known: Mapping[int, fx.Node]) -> None:
+        self.paths = paths
+        self.known = known
+        self.outermost: FrameType | None = sys._getframe(
+            2
+        )  # of `record`: nothing of the model runs outside it
+        self._modules: dict[int, tuple[FrameType, nn.Module | None, int]] = {}
+        self._spans: dict[tuple[int, int], Span | None] = {}
+        self._last: dict[int, tuple[int, FrameRecord]] = {}
+
+    def close(self) -> None:
+        self.outermost = None
+        self._modules.clear()
+        self._last.clear()
+
+    def now(self) -> tuple[FrameRecord, ...]:
+        """From the innermost module outwards."""
+        found: list[FrameRecord] = []
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None and frame is not self.outermost:
             module = self._module_of(frame)
             if module is not None:
-                frames.append(self._frame_record(frame, module, frames))
+                inner = not found or found[0].module is module
+                found.append(self._record(frame, module, inner))
             frame = frame.f_back
-        return tuple(frames)
+        return tuple(found)
 
     def _module_of(self, frame: FrameType) -> nn.Module | None:
-        """The module whose method runs in the frame. Asked once per frame: it is kept alive."""
-        known = self._modules_by_frame.get(id(frame))
+        """The module whose method runs in the frame. Asked once per frame."""
+        known = self._modules.get(id(frame))
         if known is None:
-            known = self._modules_by_frame[id(frame)] = (frame, self._first_argument(frame))
+            serial = len(self._modules)
+            known = self._modules[id(frame)] = (frame, self._first_argument(frame), serial)
         return known[1]
 
     def _first_argument(self, frame: FrameType) -> nn.Module | None:
@@ -240,33 +292,42 @@ class _Recorder:
         first = frame.f_locals.get(code.co_varnames[0])
         if isinstance(first, NodeRunner):
             return first.owner if code is NodeRunner.run_node.__code__ else None
-        known = isinstance(first, nn.Module) and id(first) in self.recording.paths
+        known = isinstance(first, nn.Module) and id(first) in self.paths
         return first if known else None
 
-    def _frame_record(
-        self, frame: FrameType, module: nn.Module, inner: list[FrameRecord]
-    ) -> FrameRecord:
+    def _record(self, frame: FrameType, module: nn.Module, inner: bool) -> FrameRecord:
+        """inner: no other module runs inside, so that its local names are kept."""
         if frame.f_code is NodeRunner.run_node.__code__:
             node = frame.f_locals["self"].current
             return FrameRecord(self._serial(frame.f_back), module, None, None, {}, node)
-        names = self._names(frame.f_locals) if not inner or inner[0].module is module else {}
-        return FrameRecord(self._serial(frame), module, frame.f_code, span_of(frame), names)
+        instruction, record = self._last.get(id(frame), (-1, None))
+        if inner or record is None or instruction != frame.f_lasti:
+            names = self._names(frame.f_locals) if inner else {}
+            span = self._span(frame)
+            record = FrameRecord(self._serial(frame), module, frame.f_code, span, names)
+            if not inner:
+                self._last[id(frame)] = (frame.f_lasti, record)
+        return record
 
     def _serial(self, frame: FrameType | None) -> int:
         if frame is None:
             return -1
-        if id(frame) not in self._frames:
-            self._frames[id(frame)] = (frame, len(self._frames))
-        return self._frames[id(frame)][1]
+        self._module_of(frame)
+        return self._modules[id(frame)][2]
 
-    def _names(self, local: Mapping[str, Any]) -> dict[str, int]:
-        return {
-            name: self._known[id(value)]
-            for name, value in local.items()
-            if isinstance(value, Tensor) and id(value) in self._known
-        }
+    def _span(self, frame: FrameType) -> Span | None:
+        key = (id(frame.f_code), frame.f_lasti)
+        if key not in self._spans:
+            self._spans[key] = span_of(frame)
+        return self._spans[key]
+
+    def _names(self, local: Mapping[str, Any]) -> dict[str, fx.Node]:
+        known = self.known
+        return {name: known[id(value)] for name, value in local.items() if id(value) in known}
 
 
+# What holds no tensor.
+_PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.Size})
 # Functions and properties by which a forward asks for a tensor's size.
 _SIZES = frozenset(
     {

@@ -25,6 +25,11 @@ TABLE: dict[str, Row] = {
     "rmsnorm": Row("rmsnorm", "norm", "divides by the root mean square, no centring"),
     "l2norm": Row("l2norm", "norm", "divides by the Euclidean length"),
     "affine": Row("affine", "norm", "one scale and one shift per channel, no statistics"),
+    "gatedrmsnorm": Row("gatedrmsnorm", "norm", "an RMS norm over groups, gated by a second input"),
+    "batchrenorm": Row(
+        "batchrenorm", "norm", "batch norm whose training is tied to its running statistics"
+    ),
+    "powernorm": Row("powernorm", "norm", "divides by a running root mean square per channel"),
     "identity": Row("identity", "norm", "nothing"),
     "randomaggregation": Row(
         "randomaggregation", "norm", "an ensemble of norms, one drawn per layer and batch"
@@ -44,7 +49,6 @@ TABLE: dict[str, Row] = {
 
 SHORT_FORMS = {
     "bn": "batchnorm",
-    "syncbatchnorm": "batchnorm",
     "ln": "layernorm",
     "ln2d": "layernorm2d",
     "gn": "groupnorm",

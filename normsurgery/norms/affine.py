@@ -39,7 +39,6 @@ import torch
 from torch import Tensor, nn
 
 from normsurgery.errors import WrongShape
-from normsurgery.norms.batchnorm import scale_and_shift
 from normsurgery.norms.carry import (
     AFFINE_ROLES,
     along,
@@ -60,6 +59,8 @@ from normsurgery.spec import (
     OnnxForm,
     Reading,
     Source,
+    get,
+    weight_and_bias,
 )
 
 
@@ -109,16 +110,6 @@ def read(module: nn.Module) -> Reading:
     return Reading(present(module, "weight", "bias"), settings)
 
 
-def as_affine(module: nn.Module) -> tuple[Tensor, Tensor]:
-    """Its own scale and shift, float64, shape (features,)."""
-    assert isinstance(module, Affine)
-    ones = torch.ones(module.features, dtype=torch.float64)
-    weight, bias = module.weight, module.bias
-    scale = ones if weight is None else weight.detach().double()
-    shift = torch.zeros_like(scale) if bias is None else bias.detach().double()
-    return scale, shift
-
-
 def from_any(source: Source, *, init: str = "copy", affine: bool | None = None) -> nn.Module:
     """Weight and bias as the source has them; both, fresh, where it has none."""
     axis, features = channels(source, "affine")
@@ -134,7 +125,10 @@ def from_statistics(source: Source, *, init: str = "copy") -> nn.Module:
     axis, features = channels(source, "affine")
     if "running_mean" not in source.tensors:
         return from_any(source, init=init)
-    scale, shift = scale_and_shift(source.tensors, source.settings)
+    tensors = {role: tensor.detach().double() for role, tensor in source.tensors.items()}
+    parts = get(source.kind).scale_and_shift(tensors, source.settings)
+    assert parts is not None
+    scale, shift = parts
     module = settled(
         Affine(features, channel_axis=axis), source, init, {"weight": scale, "bias": shift}
     )
@@ -186,5 +180,6 @@ NORM = NormSpec(
         }
     ),
     onnx=OnnxForm({18: ("Mul", "Add")}),
-    as_affine=as_affine,
+    affine=weight_and_bias,
+    tail=True,
 )

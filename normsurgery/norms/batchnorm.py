@@ -48,10 +48,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from normsurgery.errors import CannotConvert, WrongShape
+from normsurgery.errors import NoOperator, WrongShape
 from normsurgery.norms.carry import (
     along,
     channels,
+    dimensions_of,
     eps_of,
     present,
     refusal,
@@ -69,7 +70,10 @@ from normsurgery.spec import (
     NormSpec,
     OnnxForm,
     Reading,
+    ScaleAndShift,
     Source,
+    Spelling,
+    weight_and_bias,
 )
 
 BY_RANK: dict[int, type[nn.Module]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -157,6 +161,22 @@ def read(module: nn.Module) -> Reading:
     return Reading(present(module, *roles), settings)
 
 
+def read_call(given: Mapping[str, Any], shape: tuple[int, ...], dtype: torch.dtype) -> Reading:
+    settings = {
+        "eps": given.get("eps", given.get("epsilon")),
+        "channel_axis": 1,
+        "features": shape[1],
+        "momentum": given.get("momentum", given.get("exponential_average_factor")),
+    }
+    return Reading({role: role for role in ("weight", "bias", *STATISTICS)}, settings)
+
+
+def operator(reading: Reading) -> str:
+    if "running_mean" not in reading.tensors:
+        raise NoOperator("it takes the statistics of the batch, in eval as well")
+    return "BatchNormalization"
+
+
 def hypotheses(shape: tuple[int, ...], tensors: Mapping[str, tuple[int, ...]]) -> Iterator[Reading]:
     """Two to four vectors of C elements in any roles; statistics kept, or taken from the batch."""
     for axis in _axes(shape):
@@ -190,34 +210,18 @@ def _elements(size: tuple[int, ...]) -> int:
     return torch.Size(size).numel()
 
 
-def as_affine(module: nn.Module) -> tuple[Tensor, Tensor]:
-    """Scale and shift of a batch norm in eval, float64, shape (features,).
-
-    Raises CannotConvert where it keeps no running statistics.
-    """
-    reading = read(module)
-    tensors = {role: getattr(module, name) for role, name in reading.tensors.items()}
-    if "running_mean" not in tensors:
-        raise CannotConvert(
-            "",
-            "batchnorm",
-            "affine",
-            "it keeps no running statistics, so eval normalises by the batch as well",
-            "Set track_running_stats=True and run some batches first.",
-        )
-    return scale_and_shift(tensors, reading.settings)
-
-
-def scale_and_shift(
-    tensors: Mapping[str, Tensor], settings: Mapping[str, Any]
-) -> tuple[Tensor, Tensor]:
-    """Of running statistics, eps and what affine parameters there are, in float64."""
-    values = {role: tensor.detach().double().reshape(-1) for role, tensor in tensors.items()}
-    scale = (values["running_var"] + settings["eps"]).rsqrt()
-    if "weight" in values:
-        scale = scale * (values["weight"] + settings.get("weight_offset", 0.0))
-    shift = -values["running_mean"] * scale
-    return scale, shift + values["bias"] if "bias" in values else shift
+def affine(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> ScaleAndShift:
+    """With running statistics; without them eval normalises by what it is given as well."""
+    if "running_var" not in tensors:
+        return None
+    scale = (tensors["running_var"].reshape(-1) + settings["eps"]).rsqrt()
+    weight, bias = weight_and_bias(tensors, settings)
+    if weight is not None:
+        scale = scale * weight.reshape(-1)
+    shift = torch.zeros_like(scale) if bias is None else bias.reshape(-1)
+    if "running_mean" in tensors:
+        shift = shift - tensors["running_mean"].reshape(-1) * scale
+    return scale, shift
 
 
 def _dimensions(source: Source, dimensions: int | None) -> int:
@@ -225,8 +229,9 @@ def _dimensions(source: Source, dimensions: int | None) -> int:
     axis, _ = channels(source, "batchnorm")
     if axis != 1:
         return 0
-    if dimensions is None and source.shape is not None:
-        dimensions = max(1, len(source.shape) - 2)
+    known = dimensions_of(source)
+    if dimensions is None and known is not None:
+        dimensions = max(1, known)
     if dimensions not in BY_RANK:
         raise refusal(
             source,
@@ -292,9 +297,10 @@ def from_instancenorm(
     return _with_statistics(settled(module, source, init), source)
 
 
-def from_batchnorm(source: Source, *, init: str = "copy") -> nn.Module:
-    """The same function as a module: for a call or a formula in a forward."""
-    if source.settings.get("frozen", False) and source.channel_axis == 1:
+def from_batchnorm(source: Source, *, init: str = "copy", frozen: bool | None = None) -> nn.Module:
+    """The same function as a module; with `frozen=False` a frozen one is trained from here on."""
+    kept = source.settings.get("frozen", False) if frozen is None else frozen
+    if kept and source.channel_axis == 1:
         return _frozen(source, init)
     weight, bias = wanted_affine(source, None)
     module = _fresh(
@@ -330,6 +336,18 @@ def _with_statistics(module: nn.Module, source: Source) -> nn.Module:
 def _resolve(source: Source, options: Mapping[str, Any]) -> Mapping[str, Any]:
     rank = _dimensions(source, options.get("dimensions"))
     return {**options, "dimensions": rank} if rank else dict(options)
+
+
+def _resolve_own(source: Source, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A frozen module that is to become a batch norm is to be one that trains."""
+    thaws = source.module is not None and source.settings.get("frozen", False)
+    return {"frozen": False, **options} if thaws else dict(options)
+
+
+def _own_fidelity(source: Source, options: Mapping[str, Any]) -> Fidelity:
+    frozen = source.settings.get("frozen", False)
+    same = options.get("frozen") in (None, frozen)
+    return Fidelity.IDENTICAL if same else Fidelity.EVAL
 
 
 def _keeps_eval(source: Source, options: Mapping[str, Any]) -> Fidelity:
@@ -371,7 +389,7 @@ NORM = NormSpec(
     examples=examples,
     conversions={
         "*": Conversion(from_any, Fidelity.RETRAIN, _resolve),
-        "batchnorm": Conversion(from_batchnorm, Fidelity.IDENTICAL),
+        "batchnorm": Conversion(from_batchnorm, _own_fidelity, _resolve_own),
         "instancenorm": Conversion(from_instancenorm, _keeps_eval, _resolve),
         "affine": Conversion(from_affine, Fidelity.EVAL, _resolve),
         "identity": Conversion(from_affine, Fidelity.EVAL, _resolve),
@@ -386,5 +404,23 @@ NORM = NormSpec(
     ),
     onnx=OnnxForm({18: ("BatchNormalization",)}),
     hypotheses=hypotheses,
-    as_affine=as_affine,
+    operator=operator,
+    spellings=(
+        Spelling(
+            (
+                F.batch_norm,
+                torch.batch_norm,
+                torch.ops.aten.batch_norm.default,
+                "aten::native_batch_norm",
+                "aten::cudnn_batch_norm",
+                "aten::miopen_batch_norm",
+                "aten::_native_batch_norm_legit",
+                "aten::_native_batch_norm_legit_no_training",
+            ),
+            read_call,
+        ),
+    ),
+    affine=affine,
+    centre="running_mean",
+    tail=True,
 )

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from normsurgery.errors import CannotConvert, WrongShape
-from normsurgery.spec import Source
+from normsurgery.errors import CannotConvert, NoOperator, WrongShape
+from normsurgery.spec import Reading, Source
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
@@ -54,6 +54,12 @@ def present(module: nn.Module, *roles: str) -> dict[str, str]:
     return {role: role for role in roles if getattr(module, role, None) is not None}
 
 
+def require_eps_in_root(reading: Reading) -> None:
+    """Raise NoOperator where the deviation is another one than that of ONNX's operators."""
+    if reading.settings.get("eps_outside") or reading.settings.get("unbiased"):
+        raise NoOperator("eps stands outside the root: ONNX has no operator for it")
+
+
 def refusal(source: Source, to: str, why: str, cure: str) -> CannotConvert:
     return CannotConvert(source.where, source.kind, to, why, cure)
 
@@ -93,6 +99,22 @@ def space(source: Source) -> int:
     if source.shape is None or source.channel_axis != 1:
         return 1
     return math.prod(source.shape[2:])
+
+
+# Of space, by torch's classes: also where the model is not run, or on one sample alone.
+_BY_CLASS: tuple[tuple[tuple[type[nn.Module], ...], int], ...] = (
+    ((nn.BatchNorm1d, nn.InstanceNorm1d), 1),
+    ((nn.BatchNorm2d, nn.InstanceNorm2d), 2),
+    ((nn.BatchNorm3d, nn.InstanceNorm3d), 3),
+)
+
+
+def dimensions_of(source: Source) -> int | None:
+    """Dimensions of space: of the class, else of the recorded input; None where neither tells."""
+    for classes, dimensions in _BY_CLASS:
+        if isinstance(source.module, classes):
+            return dimensions
+    return None if source.shape is None else len(source.shape) - 2
 
 
 def require_elements(source: Source, to: str, elements: int, cure: str) -> None:

@@ -42,7 +42,6 @@ Reference
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from itertools import permutations
 from typing import Any
 
 import torch
@@ -65,6 +64,7 @@ from normsurgery.norms.carry import (
     without,
 )
 from normsurgery.norms.examples import randomised
+from normsurgery.norms.moments import affine_readings
 from normsurgery.spec import (
     Conversion,
     Example,
@@ -74,6 +74,7 @@ from normsurgery.spec import (
     OnnxForm,
     Reading,
     Source,
+    Spelling,
 )
 
 MOST_GROUPS = 32  # the paper's default
@@ -128,6 +129,20 @@ def read(module: nn.Module) -> Reading:
     return Reading(present(module, "weight", "bias"), settings)
 
 
+def read_call(given: Mapping[str, Any], shape: tuple[int, ...], dtype: torch.dtype) -> Reading:
+    settings = {
+        "eps": given["eps"],
+        "channel_axis": 1,
+        "features": shape[1],
+        "num_groups": int(given["num_groups"] if "num_groups" in given else given["group"]),
+    }
+    return Reading({"weight": "weight", "bias": "bias"}, settings)
+
+
+def operator(reading: Reading) -> str:
+    return "GroupNormalization"
+
+
 def hypotheses(shape: tuple[int, ...], tensors: Mapping[str, tuple[int, ...]]) -> Iterator[Reading]:
     """Every number of groups but C, which is an instance norm; vectors of C in either role.
 
@@ -135,14 +150,9 @@ def hypotheses(shape: tuple[int, ...], tensors: Mapping[str, tuple[int, ...]]) -
     """
     for axis in (1, -1) if len(shape) > 2 else (-1,) if shape else ():
         features = shape[axis]
-        fitting = [name for name, size in tensors.items() if torch.Size(size).numel() == features]
-        for roles in (("weight", "bias"), ("weight",), ("bias",), ()):
-            for names in permutations(fitting, len(roles)):
-                for groups in divisors(features)[:-1]:
-                    yield Reading(
-                        dict(zip(roles, names, strict=True)),
-                        {"channel_axis": axis, "features": features, "num_groups": groups},
-                    )
+        for groups in divisors(features)[:-1]:
+            settings = {"channel_axis": axis, "features": features, "num_groups": groups}
+            yield from affine_readings(tensors, features, settings)
 
 
 def divisors(number: int) -> list[int]:
@@ -279,6 +289,18 @@ NORM = NormSpec(
             Law.BATCH_INDEPENDENT,
             Law.PERMUTATION_EQUIVARIANT,
         }
+    ),
+    operator=operator,
+    spellings=(
+        Spelling(
+            (
+                F.group_norm,
+                torch.group_norm,
+                torch.ops.aten.group_norm.default,
+                "aten::native_group_norm",
+            ),
+            read_call,
+        ),
     ),
     onnx=OnnxForm({18: ("Reshape", "InstanceNormalization", "Reshape", "Mul", "Add")}),
     hypotheses=hypotheses,

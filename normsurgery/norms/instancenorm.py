@@ -40,17 +40,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from itertools import permutations
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from normsurgery.errors import CannotConvert
-from normsurgery.norms.batchnorm import STATISTICS, scale_and_shift
+from normsurgery.norms.batchnorm import STATISTICS, affine
 from normsurgery.norms.carry import (
     along,
     channels,
+    dimensions_of,
     eps_of,
     present,
     refusal,
@@ -63,6 +63,7 @@ from normsurgery.norms.carry import (
     without,
 )
 from normsurgery.norms.examples import randomised
+from normsurgery.norms.moments import affine_readings
 from normsurgery.spec import (
     Conversion,
     Example,
@@ -72,6 +73,7 @@ from normsurgery.spec import (
     OnnxForm,
     Reading,
     Source,
+    Spelling,
 )
 
 BY_RANK: dict[int, type[nn.Module]] = {
@@ -105,33 +107,28 @@ def read(module: nn.Module) -> Reading:
     return Reading(present(module, *roles), settings)
 
 
+def read_call(given: Mapping[str, Any], shape: tuple[int, ...], dtype: torch.dtype) -> Reading:
+    settings = {
+        "eps": given["eps"],
+        "channel_axis": 1,
+        "features": shape[1],
+        "momentum": given["momentum"],
+    }
+    statistics = () if given["use_input_stats"] else STATISTICS
+    return Reading({role: role for role in ("weight", "bias", *statistics)}, settings)
+
+
+def operator(reading: Reading) -> str:
+    """With running statistics it is, in eval, a batch norm."""
+    tracked = "running_mean" in reading.tensors
+    return "BatchNormalization" if tracked else "InstanceNormalization"
+
+
 def hypotheses(shape: tuple[int, ...], tensors: Mapping[str, tuple[int, ...]]) -> Iterator[Reading]:
     """Without running statistics, vectors of C elements in either role."""
-    if len(shape) < 3:
-        return
-    fitting = [name for name, size in tensors.items() if torch.Size(size).numel() == shape[1]]
-    settings = {"channel_axis": 1, "features": shape[1], "momentum": 0.1}
-    for roles in (("weight", "bias"), ("weight",), ("bias",), ()):
-        for names in permutations(fitting, len(roles)):
-            yield Reading(dict(zip(roles, names, strict=True)), settings)
-
-
-def as_affine(module: nn.Module) -> tuple[Tensor, Tensor]:
-    """Scale and shift of an instance norm with running statistics in eval, float64, (features,).
-
-    Raises CannotConvert where it keeps none.
-    """
-    reading = read(module)
-    tensors = {role: getattr(module, name) for role, name in reading.tensors.items()}
-    if "running_mean" not in tensors:
-        raise CannotConvert(
-            "",
-            "instancenorm",
-            "affine",
-            "it keeps no running statistics, so it depends on the input in eval as well",
-            "Keep it, or train with track_running_stats=True.",
-        )
-    return scale_and_shift(tensors, reading.settings)
+    if len(shape) > 2:
+        settings = {"channel_axis": 1, "features": shape[1], "momentum": 0.1}
+        yield from affine_readings(tensors, shape[1], settings)
 
 
 def _dimensions(source: Source, dimensions: int | None) -> int:
@@ -143,18 +140,18 @@ def _dimensions(source: Source, dimensions: int | None) -> int:
             "channels come last here, so statistics over space would mix positions",
             "Use layernorm or groupnorm, which stay within each position.",
         )
-    if dimensions is None and source.shape is not None:
-        dimensions = len(source.shape) - 2
-    if dimensions is None or dimensions > max(BY_RANK):
+    if dimensions is None:
+        dimensions = dimensions_of(source)
+    if source.shape is not None and source.kind != "instancenorm":
+        cure = "Use groupnorm, whose groups span channels, or batchnorm."
+        require_elements(source, "instancenorm", space(source), cure)
+    if dimensions not in BY_RANK:
         raise refusal(
             source,
             "instancenorm",
             "torch has one class each for 1, 2 and 3 dimensions of space, and which is not known",
             "Give example inputs, or set dimensions=1, 2 or 3.",
         )
-    if source.shape is not None and source.kind != "instancenorm":
-        cure = "Use groupnorm, whose groups span channels, or batchnorm."
-        require_elements(source, "instancenorm", space(source), cure)
     return dimensions
 
 
@@ -239,5 +236,13 @@ NORM = NormSpec(
     ),
     onnx=OnnxForm({18: ("InstanceNormalization",)}),
     hypotheses=hypotheses,
-    as_affine=as_affine,
+    operator=operator,
+    spellings=(
+        Spelling(
+            (F.instance_norm, torch.instance_norm, torch.ops.aten.instance_norm.default),
+            read_call,
+        ),
+    ),
+    affine=affine,
+    centre="running_mean",
 )

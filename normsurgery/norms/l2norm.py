@@ -50,6 +50,7 @@ from normsurgery.spec import (
     OnnxForm,
     Reading,
     Source,
+    Spelling,
 )
 
 PLACES = (
@@ -142,6 +143,20 @@ def read(module: nn.Module) -> Reading:
     return Reading({}, settings)
 
 
+def read_call(
+    given: Mapping[str, Any], shape: tuple[int, ...], dtype: torch.dtype
+) -> Reading | str:
+    if not shape:
+        return "a single number has no dimension to be normalised along"
+    if given["p"] != 2:
+        return f"F.normalize with p={given['p']}: only the Euclidean length (p=2) is known"
+    dim = given["dim"] % len(shape)
+    axis = -1 if dim == len(shape) - 1 else dim
+    return Reading(
+        {}, {"eps": given["eps"], "channel_axis": axis, "features": shape[dim], "dim": axis}
+    )
+
+
 def hypotheses(shape: tuple[int, ...], tensors: Mapping[str, tuple[int, ...]]) -> Iterator[Reading]:
     """Along the last or any other dimension but the first, eps in each of its places."""
     for dim in (-1, *range(1, len(shape) - 1)):
@@ -214,6 +229,7 @@ NORM = NormSpec(
             Law.ROTATION_EQUIVARIANT,
         }
     ),
+    spellings=(Spelling((F.normalize,), read_call),),
     onnx=OnnxForm({18: ("Shape", "ReduceL2", "Max", "Concat", "Expand", "Div")}),
     hypotheses=hypotheses,
     why_not_affine="its length is that of each position, in eval as in training",

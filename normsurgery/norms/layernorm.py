@@ -35,11 +35,11 @@ Reference
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from itertools import permutations
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from normsurgery.errors import WrongShape
 from normsurgery.norms.carry import (
@@ -48,6 +48,7 @@ from normsurgery.norms.carry import (
     eps_of,
     present,
     require_elements,
+    require_eps_in_root,
     settled,
     shares_eps,
     space,
@@ -56,6 +57,7 @@ from normsurgery.norms.carry import (
 )
 from normsurgery.norms.examples import randomised
 from normsurgery.norms.layernorm2d import LayerNorm2d
+from normsurgery.norms.moments import SPELLINGS, by_deviation, spelled_readings, standardised
 from normsurgery.spec import (
     Conversion,
     Example,
@@ -65,11 +67,7 @@ from normsurgery.spec import (
     OnnxForm,
     Reading,
     Source,
-)
-
-SPELLINGS = tuple(
-    {"eps_outside": outside, "unbiased": unbiased}
-    for outside, unbiased in ((False, False), (True, True), (True, False), (False, True))
+    Spelling,
 )
 
 
@@ -100,12 +98,8 @@ class StdLayerNorm(nn.Module):
                 f"(..., {self.features})",
                 "It normalises the last dimension; permute the input.",
             )
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        centred = wide - wide.mean(-1, keepdim=True)
-        if self.eps_outside:  # torch's own std has a gradient where the variance is zero
-            y = centred / (wide.std(-1, unbiased=self.unbiased, keepdim=True) + self.eps)
-        else:
-            y = centred / (wide.var(-1, unbiased=self.unbiased, keepdim=True) + self.eps).sqrt()
+        spelling = {"unbiased": self.unbiased, "eps_outside": self.eps_outside}
+        y = by_deviation(x, [-1], self.eps, **spelling)
         y = y if self.weight is None else y * self.weight
         y = y if self.bias is None else y + self.bias
         return y.to(x.dtype)
@@ -122,13 +116,7 @@ def formula(
 ) -> Tensor:
     sizes = settings["normalized_shape"]
     over = list(range(-len(sizes), 0))
-    centred = x - x.mean(over, keepdim=True)
-    variance = x.var(over, unbiased=settings.get("unbiased", False), keepdim=True)
-    y: Tensor
-    if settings.get("eps_outside", False):
-        y = centred / (variance.sqrt() + settings["eps"])
-    else:
-        y = centred / (variance + settings["eps"]).sqrt()
+    y = standardised(x, over, settings)
     if "weight" in tensors:
         y = y * (_shaped(tensors["weight"], sizes) + settings.get("weight_offset", 0.0))
     if "bias" in tensors:
@@ -157,25 +145,28 @@ def read(module: nn.Module) -> Reading:
     return Reading(present(module, "weight", "bias"), settings)
 
 
+def read_call(given: Mapping[str, Any], shape: tuple[int, ...], dtype: torch.dtype) -> Reading:
+    sizes = [int(size) for size in given["normalized_shape"]]
+    settings = {
+        "eps": given["eps"],
+        "channel_axis": -1,
+        "features": sizes[-1],
+        "normalized_shape": sizes,
+    }
+    return Reading({"weight": "weight", "bias": "bias"}, settings)
+
+
+def operator(reading: Reading) -> str:
+    require_eps_in_root(reading)
+    return "LayerNormalization"
+
+
 def hypotheses(shape: tuple[int, ...], tensors: Mapping[str, tuple[int, ...]]) -> Iterator[Reading]:
     """Over the last k dimensions, every spelling, tensors of that size in either role."""
     for count in range(1, max(2, len(shape))):
         sizes = list(shape[-count:])
-        elements = torch.Size(sizes).numel()
-        fitting = [name for name, size in tensors.items() if torch.Size(size).numel() == elements]
-        for roles in (("weight", "bias"), ("weight",), ("bias",), ()):
-            for names in permutations(fitting, len(roles)):
-                for spelling in SPELLINGS:
-                    settings = {
-                        "channel_axis": -1,
-                        "features": sizes[-1],
-                        "normalized_shape": sizes,
-                        **spelling,
-                    }
-                    by_role = dict(zip(roles, names, strict=True))
-                    yield Reading(by_role, {**settings, "weight_offset": 0.0})
-                    if "weight" in roles:
-                        yield Reading(by_role, {**settings, "weight_offset": 1.0})
+        settings = {"channel_axis": -1, "features": sizes[-1], "normalized_shape": sizes}
+        yield from spelled_readings(tensors, torch.Size(sizes).numel(), settings)
 
 
 def from_any(source: Source, *, init: str = "copy", affine: bool | None = None) -> nn.Module:
@@ -248,6 +239,7 @@ NORM = NormSpec(
     formula=formula,
     examples=examples,
     tail=True,
+    without_mean="rmsnorm",
     conversions={
         "*": Conversion(from_any, Fidelity.RETRAIN),
         "layernorm": Conversion(from_layernorm, Fidelity.IDENTICAL),
@@ -262,6 +254,18 @@ NORM = NormSpec(
             Law.BATCH_INDEPENDENT,
             Law.PERMUTATION_EQUIVARIANT,
         }
+    ),
+    operator=operator,
+    spellings=(
+        Spelling(
+            (
+                F.layer_norm,
+                torch.layer_norm,
+                torch.ops.aten.layer_norm.default,
+                "aten::native_layer_norm",
+            ),
+            read_call,
+        ),
     ),
     onnx=OnnxForm({18: ("LayerNormalization",)}),
     hypotheses=hypotheses,

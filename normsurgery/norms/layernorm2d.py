@@ -35,7 +35,6 @@ Reference
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from itertools import permutations
 from typing import Any
 
 import torch
@@ -48,6 +47,7 @@ from normsurgery.norms.carry import (
     eps_of,
     present,
     require_elements,
+    require_eps_in_root,
     scaled,
     settled,
     shares_eps,
@@ -56,6 +56,7 @@ from normsurgery.norms.carry import (
     without,
 )
 from normsurgery.norms.examples import randomised
+from normsurgery.norms.moments import by_deviation, spelled_readings, standardised
 from normsurgery.spec import (
     Conversion,
     Example,
@@ -65,11 +66,6 @@ from normsurgery.spec import (
     OnnxForm,
     Reading,
     Source,
-)
-
-SPELLINGS = tuple(
-    {"eps_outside": outside, "unbiased": unbiased}
-    for outside, unbiased in ((False, False), (True, True), (True, False), (False, True))
 )
 
 
@@ -114,12 +110,8 @@ class LayerNorm2d(nn.Module):
         return y.contiguous() if x.is_contiguous() else y
 
     def _by_deviation(self, last: Tensor) -> Tensor:
-        wide = last.float() if last.dtype in (torch.float16, torch.bfloat16) else last
-        centred = wide - wide.mean(-1, keepdim=True)
-        if self.eps_outside:  # torch's own std has a gradient where the variance is zero
-            y = centred / (wide.std(-1, unbiased=self.unbiased, keepdim=True) + self.eps)
-        else:
-            y = centred / (wide.var(-1, unbiased=self.unbiased, keepdim=True) + self.eps).sqrt()
+        spelling = {"unbiased": self.unbiased, "eps_outside": self.eps_outside}
+        y = by_deviation(last, [-1], self.eps, **spelling)
         y = y if self.weight is None else y * self.weight
         y = y if self.bias is None else y + self.bias
         return y.to(last.dtype)
@@ -131,11 +123,7 @@ class LayerNorm2d(nn.Module):
 def formula(
     x: Tensor, tensors: Mapping[str, Tensor], settings: Mapping[str, Any], training: bool
 ) -> Tensor:
-    centred = x - x.mean(1, keepdim=True)
-    variance = x.var(1, unbiased=settings.get("unbiased", False), keepdim=True)
-    if settings.get("eps_outside", False):
-        return scaled(centred / (variance.sqrt() + settings["eps"]), tensors, settings)
-    return scaled(centred / (variance + settings["eps"]).sqrt(), tensors, settings)
+    return scaled(standardised(x, [1], settings), tensors, settings)
 
 
 def read(module: nn.Module) -> Reading:
@@ -150,19 +138,16 @@ def read(module: nn.Module) -> Reading:
     return Reading(present(module, "weight", "bias"), settings)
 
 
+def operator(reading: Reading) -> str:
+    require_eps_in_root(reading)
+    return "LayerNormalization"
+
+
 def hypotheses(shape: tuple[int, ...], tensors: Mapping[str, tuple[int, ...]]) -> Iterator[Reading]:
     """Over the second of at least three dimensions, every spelling, vectors in either role."""
-    if len(shape) < 3:
-        return
-    fitting = [name for name, size in tensors.items() if torch.Size(size).numel() == shape[1]]
-    for roles in (("weight", "bias"), ("weight",), ("bias",), ()):
-        for names in permutations(fitting, len(roles)):
-            by_role = dict(zip(roles, names, strict=True))
-            for spelling in SPELLINGS:
-                settings = {"channel_axis": 1, "features": shape[1], **spelling}
-                yield Reading(by_role, {**settings, "weight_offset": 0.0})
-                if "weight" in roles:
-                    yield Reading(by_role, {**settings, "weight_offset": 1.0})
+    if len(shape) > 2:
+        settings = {"channel_axis": 1, "features": shape[1]}
+        yield from spelled_readings(tensors, shape[1], settings)
 
 
 def from_any(source: Source, *, init: str = "copy", affine: bool | None = None) -> nn.Module:
@@ -239,6 +224,7 @@ NORM = NormSpec(
             Law.PERMUTATION_EQUIVARIANT,
         }
     ),
+    operator=operator,
     onnx=OnnxForm({18: ("Transpose", "LayerNormalization", "Transpose")}),
     hypotheses=hypotheses,
     why_not_affine="its mean and variance are those of each position, in eval as in training",

@@ -38,7 +38,6 @@ Reference
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from itertools import permutations
 from typing import Any
 
 import torch
@@ -52,6 +51,7 @@ from normsurgery.norms.carry import (
     present,
     refusal,
     require_elements,
+    require_eps_in_root,
     scaled,
     settled,
     shares_eps,
@@ -60,6 +60,7 @@ from normsurgery.norms.carry import (
     without,
 )
 from normsurgery.norms.examples import randomised
+from normsurgery.norms.moments import SPELLINGS, by_deviation, spelled_readings, standardised
 from normsurgery.spec import (
     Conversion,
     Example,
@@ -69,11 +70,6 @@ from normsurgery.spec import (
     OnnxForm,
     Reading,
     Source,
-)
-
-SPELLINGS = tuple(
-    {"eps_outside": outside, "unbiased": unbiased}
-    for outside, unbiased in ((False, False), (True, True), (True, False), (False, True))
 )
 
 
@@ -110,13 +106,8 @@ class LayerNormCHW(nn.Module):
                 f"(N, {self.num_channels}, ...)",
                 "Channels must be the second dimension; permute the input.",
             )
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        over = list(range(1, x.dim()))
-        centred = wide - wide.mean(over, keepdim=True)
-        if self.eps_outside:  # torch's own std has a gradient where the variance is zero
-            y = centred / (wide.std(over, unbiased=self.unbiased, keepdim=True) + self.eps)
-        else:
-            y = centred / (wide.var(over, unbiased=self.unbiased, keepdim=True) + self.eps).sqrt()
+        spelling = {"unbiased": self.unbiased, "eps_outside": self.eps_outside}
+        y = by_deviation(x, list(range(1, x.dim())), self.eps, **spelling)
         y = y if self.weight is None else y * along(self.weight, y, 1)
         y = y if self.bias is None else y + along(self.bias, y, 1)
         return y.to(x.dtype)
@@ -131,12 +122,7 @@ class LayerNormCHW(nn.Module):
 def formula(
     x: Tensor, tensors: Mapping[str, Tensor], settings: Mapping[str, Any], training: bool
 ) -> Tensor:
-    over = list(range(1, x.dim()))
-    centred = x - x.mean(over, keepdim=True)
-    variance = x.var(over, unbiased=settings.get("unbiased", False), keepdim=True)
-    if settings.get("eps_outside", False):
-        return scaled(centred / (variance.sqrt() + settings["eps"]), tensors, settings)
-    return scaled(centred / (variance + settings["eps"]).sqrt(), tensors, settings)
+    return scaled(standardised(x, list(range(1, x.dim())), settings), tensors, settings)
 
 
 def read(module: nn.Module) -> Reading:
@@ -155,19 +141,16 @@ def read(module: nn.Module) -> Reading:
     return Reading(present(module, "weight", "bias"), settings)
 
 
+def operator(reading: Reading) -> str:
+    require_eps_in_root(reading)
+    return "GroupNormalization"
+
+
 def hypotheses(shape: tuple[int, ...], tensors: Mapping[str, tuple[int, ...]]) -> Iterator[Reading]:
     """Over all but the first of at least three dimensions, vectors of C in either role."""
-    if len(shape) < 3:
-        return
-    fitting = [name for name, size in tensors.items() if torch.Size(size).numel() == shape[1]]
-    for roles in (("weight", "bias"), ("weight",), ("bias",), ()):
-        for names in permutations(fitting, len(roles)):
-            by_role = dict(zip(roles, names, strict=True))
-            for spelling in SPELLINGS:
-                settings = {"channel_axis": 1, "features": shape[1], **spelling}
-                yield Reading(by_role, {**settings, "weight_offset": 0.0})
-                if "weight" in roles:
-                    yield Reading(by_role, {**settings, "weight_offset": 1.0})
+    if len(shape) > 2:
+        settings = {"channel_axis": 1, "features": shape[1]}
+        yield from spelled_readings(tensors, shape[1], settings)
 
 
 def from_any(source: Source, *, init: str = "copy", affine: bool | None = None) -> nn.Module:
@@ -252,6 +235,7 @@ NORM = NormSpec(
             Law.PERMUTATION_EQUIVARIANT,
         }
     ),
+    operator=operator,
     onnx=OnnxForm({18: ("Reshape", "InstanceNormalization", "Reshape", "Mul", "Add")}),
     hypotheses=hypotheses,
     why_not_affine="its mean and variance are those of each sample, in eval as in training",

@@ -382,6 +382,13 @@ def strip(module: nn.Module) -> nn.Module:
     return layer
 
 
+def idle_taps(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    """Taps that no layer waits for, and the activations in them."""
+    waited_for = {id(layer.link) for layer in model.modules() if isinstance(layer, Neuronwise)}
+    taps = [tap for tap in model.modules() if isinstance(tap, GateTap)]
+    return [(tap, tap.inner) for tap in taps if id(tap.link) not in waited_for]
+
+
 def examples() -> tuple[Example, ...]:
     return (
         Example(
@@ -410,5 +417,6 @@ NORM = NormSpec(
     laws=frozenset({Law.BATCH_INDEPENDENT, Law.PERMUTATION_EQUIVARIANT}),
     onnx=OnnxForm({18: ("Gemm",)}),
     why_not_affine="its forward is the layer's, which mixes channels",
+    idle=idle_taps,
     strip=strip,
 )

@@ -30,7 +30,7 @@ From other norms
     draw alike), `seed`, `eval_path` (a candidate or "random").
 
 Inference
-    `strip` gives the fixed path's plain norm, and `as_affine` is that norm's. `set_path(model,
+    `strip` gives the fixed path's plain norm, and `affine` is that norm's. `set_path(model,
     "random")` keeps it random in eval.
 
 ONNX
@@ -74,6 +74,7 @@ from normsurgery.spec import (
     NormSpec,
     OnnxForm,
     Reading,
+    ScaleAndShift,
     Source,
 )
 from normsurgery.treecopy import tree_copy
@@ -215,11 +216,12 @@ def read(module: nn.Module) -> Reading:
     """The reading of the path that inference takes, or of the last one drawn if that is random."""
     assert isinstance(module, RandomAggregation)
     path = module.forced or module.eval_path
-    if path == RANDOM:
+    random = path == RANDOM
+    if random:
         path = module.last_drawn(module.names)
     reading = spec.get(path).read(module.candidates[path])
     tensors = {role: f"candidates.{path}.{name}" for role, name in reading.tensors.items()}
-    return Reading(tensors, {**reading.settings, "path": path})
+    return Reading(tensors, {**reading.settings, "path": path, "random": random})
 
 
 def fixed(module: nn.Module) -> str:
@@ -237,19 +239,12 @@ def fixed(module: nn.Module) -> str:
     )
 
 
-def as_affine(module: nn.Module) -> tuple[Tensor, Tensor]:
-    """The fixed path's scale and shift; raises CannotConvert where that norm has none."""
-    path = fixed(module)
-    norm = spec.get(path)
-    if norm.as_affine is None:
-        raise CannotConvert(
-            "",
-            f"randomaggregation on path {path}",
-            "affine",
-            norm.why_not_affine,
-            "Choose a path that is affine in eval, such as batchnorm.",
-        )
-    return norm.as_affine(cast(RandomAggregation, module).candidates[path])
+def affine(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> ScaleAndShift:
+    """The fixed path's scale and shift; none where the path stays random."""
+    norm = spec.get(settings["path"])
+    if settings["random"] or norm.affine is None:
+        return None
+    return norm.affine(tensors, settings)
 
 
 def strip(module: nn.Module) -> nn.Module:
@@ -417,7 +412,7 @@ NORM = NormSpec(
         }
     ),
     onnx=OnnxForm({18: ("BatchNormalization",)}),
-    as_affine=as_affine,
+    affine=affine,
     strip=strip,
     random=True,
 )

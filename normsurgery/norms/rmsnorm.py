@@ -45,8 +45,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from normsurgery.errors import UsageError, WrongShape
+from normsurgery.errors import NoOperator, UsageError, WrongShape
 from normsurgery.norms.carry import (
     along,
     channels,
@@ -54,6 +55,7 @@ from normsurgery.norms.carry import (
     eps_of,
     present,
     refusal,
+    require_eps_in_root,
     settled,
 )
 from normsurgery.norms.examples import randomised
@@ -66,6 +68,7 @@ from normsurgery.spec import (
     OnnxForm,
     Reading,
     Source,
+    Spelling,
 )
 
 Cast = Literal["none", "float32", "float32_weight"]
@@ -194,6 +197,27 @@ def _torch_eps(module: nn.RMSNorm) -> float:
     return torch.finfo(torch.float64 if double else torch.float32).eps
 
 
+def read_call(given: Mapping[str, Any], shape: tuple[int, ...], dtype: torch.dtype) -> Reading:
+    sizes = [int(size) for size in given["normalized_shape"]]
+    eps = given["eps"]
+    if eps is None:  # half types are computed in float32, and with its epsilon
+        eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    settings = {
+        "eps": eps,
+        "channel_axis": -1,
+        "features": sizes[-1],
+        "normalized_shape": sizes,
+    }
+    return Reading({"weight": "weight"}, settings)
+
+
+def operator(reading: Reading) -> str:
+    require_eps_in_root(reading)
+    if reading.settings["channel_axis"] != -1:
+        raise NoOperator("over the second dimension: ONNX has no operator for it")
+    return "RMSNormalization"
+
+
 def hypotheses(shape: tuple[int, ...], tensors: Mapping[str, tuple[int, ...]]) -> Iterator[Reading]:
     """Over the last k dimensions or the second, any fitting tensor or number as the weight.
 
@@ -282,7 +306,9 @@ def from_rmsnorm(
     sizes = list(settings.get("normalized_shape", [source.features]))
     weighted = "weight" in source.tensors
     outside = settings.get("eps_outside", False)
-    plain = source.channel_axis == -1 and offset == 0.0 and order == NATIVE_CAST and not outside
+    # Orders of casts are one function where there is nothing to cast.
+    native = order == NATIVE_CAST or (cast is None and source.dtype not in (None, *HALF))
+    plain = source.channel_axis == -1 and offset == 0.0 and native and not outside
     module: nn.Module
     if plain or (len(sizes) > 1 and not outside):
         module = nn.RMSNorm(sizes, eps=source.eps, elementwise_affine=weighted)
@@ -351,6 +377,19 @@ NORM = NormSpec(
             Law.PERMUTATION_EQUIVARIANT,
             Law.ROTATION_EQUIVARIANT,
         }
+    ),
+    operator=operator,
+    casts=CASTS,
+    spellings=(
+        Spelling(
+            (
+                F.rms_norm,
+                torch.rms_norm,
+                torch.ops.aten.rms_norm.default,
+                "aten::_fused_rms_norm",
+            ),
+            read_call,
+        ),
     ),
     onnx=OnnxForm(
         {

@@ -106,6 +106,46 @@ def as_weight(rows: Tensor, output_axis: int) -> Tensor:
     return rows.transpose(1, 2) if output_axis == 1 else rows
 
 
+def standardization(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Tensor:
+    """(W - mean) / deviation per output channel, times `scale`, times `gain` if there is one.
+
+    correction: 1 where the variance is the unbiased one. eps_in_root: False where eps is added to
+    the standard deviation.
+    """
+    weight, eps = tensors["weight"], settings["eps"]
+    axis = settings["output_axis"]
+    rows = per_output(weight, axis, settings["groups"])
+    inputs = tuple(range(2, rows.dim()))
+    count = rows[0, 0].numel() - settings["correction"]
+    centred = rows - rows.mean(inputs, keepdim=True)
+    variance = centred.square().sum(inputs, keepdim=True) / count
+    deviation = (variance + eps).sqrt() if settings["eps_in_root"] else variance.sqrt() + eps
+    standard = centred / deviation * settings["scale"]
+    if "gain" in tensors:
+        standard = standard * tensors["gain"].reshape(*rows.shape[:2], *[1] * len(inputs))
+    return as_weight(standard, axis).reshape(weight.shape)
+
+
+def standardization_settings(
+    eps: float,
+    *,
+    output_axis: int = 0,
+    groups: int = 1,
+    correction: int = 0,
+    eps_in_root: bool = True,
+    scale: float = 1.0,
+) -> dict[str, Any]:
+    """The settings of a weight standardization, complete."""
+    return {
+        "eps": eps,
+        "output_axis": output_axis,
+        "groups": groups,
+        "correction": correction,
+        "eps_in_root": eps_in_root,
+        "scale": scale,
+    }
+
+
 def formula(
     x: Tensor, tensors: Mapping[str, Tensor], settings: Mapping[str, Any], training: bool
 ) -> Tensor:
@@ -242,5 +282,6 @@ NORM = NormSpec(
     ),
     onnx=OnnxForm({18: ("Reshape", "LayerNormalization", "Reshape")}),
     why_not_affine="it standardizes a weight, not an activation",
+    bake=standardization,
     strip=strip,
 )

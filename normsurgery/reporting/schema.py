@@ -14,6 +14,8 @@ import json
 import sys
 from typing import Any
 
+from normsurgery.steps import TYPES
+
 Schema = dict[str, Any]
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
@@ -242,15 +244,23 @@ SKIP = _object(
 
 STEP = _object(
     "One site and what is done to it.",
+    ("where", "lead", "owner", "branches", "places", "source", "size"),
     site=_a("Site"),
-    action=_one_of("swap", "copy", "replay", "fold"),
+    type=_one_of(*TYPES),
     to=TEXT,
     options=_map(ANYTHING),
     fidelity=_one_of("identical", "forward", "eval", "retrain"),
     notes=TEXTS,
     child=TEXT,
-    rule=TEXT,
+    changes=TEXTS,
     edits=_said(_list(_map(ANYTHING)), "tensor algebra with names: `edit` names the kind"),
+    where=_said(TEXT, "of a fold: where the norm went"),
+    lead=_said(WHOLE, "index of the site whose step has the edits"),
+    owner=_said(TEXT, "of a merge: the module that adds the branches up"),
+    branches=TEXTS,
+    places=_said(TEXTS, "of a merge: the modules that give nothing from now on"),
+    source=_said(TEXT, "of an untie: the shared module"),
+    size=_said(WHOLE, "of an untie: the bytes that are copied"),
 )
 
 PLAN = _object(
@@ -260,6 +270,7 @@ PLAN = _object(
     steps=_list(_a("Step")),
     skips=_list(_a("Skip")),
     versions=_map(TEXT),
+    calls=_said(_list(_map(ANYTHING)), "of a fold: the calls that it was planned on"),
 )
 
 KEYMAP = _object(

@@ -5,13 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from normsurgery.errors import CannotRewrite
 from normsurgery.fold.channel_pad import without_padding
 from normsurgery.fold.edits import Drop
-from normsurgery.plan import LAYER_RULES, MERGED, Plan, Step
+from normsurgery.plan import Plan
 from normsurgery.spec import Source, get
+from normsurgery.steps import (
+    BakeWeight,
+    Duplicate,
+    FoldStep,
+    Merge,
+    MergedNorm,
+    Step,
+    Strip,
+    Swap,
+    Untie,
+)
 from normsurgery.surgery import fastpath
 from normsurgery.surgery.building import (
     Built,
@@ -21,17 +33,17 @@ from normsurgery.surgery.building import (
     note,
     saved_names,
 )
-from normsurgery.surgery.forwards import placement_of, rewritten, sums_of, where_it_is_now
 from normsurgery.surgery.inherit import inherit, inherit_tensors, tensor_in, tie
 from normsurgery.surgery.keymap import Entries, KeyMap, Move
 from normsurgery.surgery.names import join
-from normsurgery.surgery.owner import OwnerCall
+from normsurgery.surgery.owner import OwnerCall, Placement, reapply, rewrite_owner
+from normsurgery.surgery.owner.graphs import rewrite_graph_module
 from normsurgery.surgery.references import ModuleReferences
 from normsurgery.surgery.relation import tensors_in
 from normsurgery.surgery.sharing import shared_tensors
 from normsurgery.surgery.source import module_at
-from normsurgery.surgery.tree import names_of, paths_of, replace_everywhere
-from normsurgery.survey import CallSite, Skip
+from normsurgery.surgery.tree import Bindings, paths_of, paths_of_all, replace_everywhere
+from normsurgery.survey import Skip
 
 Calls = Mapping[str, Sequence[OwnerCall]]
 
@@ -55,8 +67,6 @@ class _Progress:
     done: dict[int, Built] = field(default_factory=dict)
     refused: list[Skip] = field(default_factory=list)
     layers: list[int] = field(default_factory=list)
-    # Path of an owner whose norms were rewritten -> where other places of its forward are now.
-    followed: dict[str, Mapping[CallSite, CallSite]] = field(default_factory=dict)
 
     @property
     def carried_out(self) -> list[int]:
@@ -75,11 +85,11 @@ def apply(model: nn.Module, plan: Plan, calls: Calls | None) -> Applied:
     planned for; CannotHold, before any weight is changed, where one cannot hold what a fold makes.
     """
     from normsurgery.fold.editing import require_padding_held
-    from normsurgery.fold.own_copies import UNTIED, make_copies
+    from normsurgery.fold.own_copies import make_copies
     from normsurgery.fold.weights import edit_weights, make_room
 
     progress = _Progress()
-    progress.layers += [n for n, step in enumerate(plan.steps) if step.rule == UNTIED]
+    progress.layers += [n for n, step in enumerate(plan.steps) if isinstance(step, Untie)]
     dropped = {edit.target for step in plan.steps for edit in step.edits if isinstance(edit, Drop)}
     gone = {name: others for name, others in aliases_of(model, plan).items() if name in dropped}
     make_copies(model, plan.steps, calls)
@@ -90,32 +100,34 @@ def apply(model: nn.Module, plan: Plan, calls: Calls | None) -> Applied:
         make_room(model, tuple(rest.values()))
     else:
         waiting = edit_weights(model, tuple(rest.values()))
-    merges = {n: step for n, step in rest.items() if step.rule == MERGED}
+    merges = {n: step for n, step in rest.items() if isinstance(step, (Merge, MergedNorm))}
     rest = {n: step for n, step in rest.items() if n not in merges}
-    paths = {
-        step.site.path: paths_of(model, module_at(model, step.site.path)) for step in rest.values()
-    }
+    every = paths_of_all(model)
+    paths = {step.site.path: every[id(module_at(model, step.site.path))] for step in rest.values()}
     built = {n: built_step(model, step, plan.init) for n, step in rest.items()}
     if calls is not None:
         for item in built.values():
             require_padding_held(item.step, item.source)
     around = ModuleReferences(model)
     for owner_path in dict.fromkeys(s.site.path for s in rest.values() if s.site.form != "module"):
-        following = sums_of(merges.values(), owner_path)
-        _rewrite(model, owner_path, paths[owner_path], built, calls, progress, around, following)
+        _rewrite(model, owner_path, paths[owner_path], built, calls, progress, around)
     replaced = [item for item in built.values() if item.step.site.form == "module"]
     edited = fastpath.switch_off(
-        model, [item.old for item in replaced if item.step.action != "copy"]
+        model, [item.old for item in replaced if not isinstance(item.step, Duplicate)]
     )
     modules = {n: item for n, item in built.items() if item.step.site.form == "module"}
     padding = {n: item for n, item in modules.items() if "pad" in item.step.options}
+    bindings = Bindings(model)
     for position, item in modules.items():
         if position not in padding:
-            model = _replace(model, position, item, paths[item.step.site.path], progress)
+            aliases = paths[item.step.site.path]
+            model = _replace(model, position, item, aliases, progress, bindings)
     _merge(model, merges, calls, waiting, progress)
     # Branches are merged, and proven to be one layer, as they pad; only then is that taken away.
+    bindings = Bindings(model)
     for position, item in padding.items():
-        model = _replace(model, position, item, paths[item.step.site.path], progress)
+        aliases = paths[item.step.site.path]
+        model = _replace(model, position, item, aliases, progress, bindings)
     if not progress.refused:  # a merged layer may not be there, and the plan is made again
         for item in padding.values():
             without_padding(model, item.step.options)
@@ -137,7 +149,7 @@ def _rebuild_layers(model: nn.Module, plan: Plan, progress: _Progress) -> nn.Mod
     from normsurgery.fold.parametrizations import apply_baked
 
     for position, step in enumerate(plan.steps):
-        if step.rule in LAYER_RULES:
+        if isinstance(step, (BakeWeight, Strip)):
             model = apply_baked(model, step)
             progress.layers.append(position)
     return model
@@ -150,28 +162,13 @@ def _merge(
     values: Mapping[str, Tensor] | None,
     progress: _Progress,
 ) -> None:
-    """Make one layer of parallel branches; where that is impossible the steps become Skips."""
+    """Put parallel branches into one; where that is impossible the steps become Skips."""
     from normsurgery.fold.merging import apply_merges
 
-    steps = [
-        where_it_is_now(step, progress.followed.get(step.site.path, {})) for step in merges.values()
-    ]
-    refused = apply_merges(model, steps, calls, values or None)
+    refused = apply_merges(model, list(merges.values()), calls, values)
     for position, step in merges.items():
-        owner = (
-            step.site.path
-            if step.edits
-            else next(
-                (
-                    s.site.path
-                    for s in steps
-                    if step.site.path in s.site.settings.get("branches", ())
-                ),
-                "",
-            )
-        )
-        if owner in refused:
-            reason = f"its forward cannot be rewritten: {refused[owner]}"
+        if step.site.label in refused:
+            reason = f"its branches stay apart: {refused[step.site.label]}"
             progress.refused.append(Skip(step.site.label, reason, "", step.site.kind))
         else:
             progress.layers.append(position)
@@ -185,7 +182,6 @@ def _rewrite(
     calls: Calls | None,
     progress: _Progress,
     around: ModuleReferences,
-    following: Sequence[CallSite],
 ) -> None:
     """Rewrite one owner with all its norms; where that is impossible its steps become Skips."""
     owner = module_at(model, owner_path)
@@ -193,26 +189,47 @@ def _rewrite(
     before = saved_names(owner)
     for item in items.values():
         inherit_tensors(item.source.tensors, owner, item.new, moved_names(item))
-    placements = [placement_of(item) for item in items.values()]
+    placements = [Placement(i.step.site, i.step.child, i.new, i.source) for i in items.values()]
     shared = shared_tensors(owner, placements, around)
+    recorded = None if calls is None else calls.get(owner_path, ())
     try:
-        names, followed = rewritten(
-            owner,
-            list(items.values()),
-            None if calls is None else calls.get(owner_path, ()),
-            shared,
-            following,
-        )
+        names = _rewritten(owner, placements, recorded, shared, [i.step for i in items.values()])
     except CannotRewrite as error:
         progress.refused += [cannot_rewrite(item.step, error) for item in items.values()]
         return
-    progress.followed[owner_path] = followed
     after = saved_names(owner)
     gone = before - after
     for (position, item), name in zip(items.items(), names, strict=True):
         progress.done[position] = item
         gone -= note(position, item, aliases, progress.entries, f"{name}.", after)
     progress.entries.dropped += [join(path, name) for path in aliases for name in sorted(gone)]
+
+
+def _rewritten(
+    owner: nn.Module,
+    placements: Sequence[Placement],
+    calls: Sequence[OwnerCall] | None,
+    shared: Mapping[str, str],
+    steps: Sequence[Step],
+) -> Sequence[str]:
+    """Rewrite the forward of one owner; returns the names of the new norms in it."""
+    if isinstance(owner, fx.GraphModule):
+        replacements = [(placement.site, placement.module) for placement in placements]
+        return rewrite_graph_module(owner, replacements, kept=shared)
+    if calls is None:
+        reapply(owner, placements, shared=shared)
+    elif _is_without_values(owner, calls):
+        raise CannotRewrite("it has no values (meta device) to prove a rewritten forward on")
+    else:
+        # A fold holds in eval mode, and that is where the rewritten forward must agree.
+        modes = (False,) if all(isinstance(step, FoldStep) for step in steps) else (False, True)
+        rewrite_owner(owner, placements, calls, modes=modes, shared=shared)
+    return [placement.name for placement in placements]
+
+
+def _is_without_values(owner: nn.Module, calls: Sequence[OwnerCall]) -> bool:
+    leaves = tree_leaves(([(call.args, call.kwargs) for call in calls], tensors_in(owner)))
+    return any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves)
 
 
 def _is_call_of(item: Built, owner_path: str) -> bool:
@@ -230,12 +247,13 @@ def _replace(
     item: Built,
     aliases: Sequence[str],
     progress: _Progress,
+    bindings: Bindings,
 ) -> nn.Module:
     """Put the new module wherever the old one is bound; returns the root."""
     before = saved_names(item.old)
-    if item.step.action != "copy":
+    if not isinstance(item.step, Duplicate):
         inherit(item.source.tensors, item.old, item.new, moved_names(item))
-    model = replace_everywhere(model, item.old, item.new)
+    model = bindings.replace(model, item.old, item.new)
     progress.done[position] = item
     gone = before - note(position, item, aliases, progress.entries, "", set())
     progress.entries.dropped += [join(path, name) for path in aliases for name in sorted(gone)]
@@ -249,7 +267,7 @@ def companions(
 ) -> Mapping[str, Callable[[nn.Module], nn.Module]]:
     """What else a step replaces: path -> a function from the module there to the new one."""
     conversion = get(step.to).conversion(step.site.kind)
-    if step.action != "swap" or conversion is None or conversion.companions is None:
+    if not isinstance(step, Swap) or conversion is None or conversion.companions is None:
         return {}
     return conversion.companions(source, new, step.options)
 
@@ -282,6 +300,7 @@ def _restore_ties(model: nn.Module, done: Sequence[Built]) -> None:
     A new module may hold several tensors that came from one old one (an ensemble's members). They
     stay apart: the first is the one that is tied to whatever the old tensor was tied to.
     """
+    bound = {id(tensor) for tensor in tensors_in(model).values()}
     slots: dict[tuple[int, float, int], list[tuple[nn.Module, str]]] = {}
     olds: dict[int, Tensor] = {}
     for item in done:
@@ -291,7 +310,7 @@ def _restore_ties(model: nn.Module, done: Sequence[Built]) -> None:
                 places = slots.setdefault((id(old), offset, rank), [])
                 places += [(item.new, name) for name in names]
     for (identity, offset, rank), places in slots.items():
-        stays = offset == 0.0 and rank == 0 and bool(names_of(model, olds[identity]))
+        stays = offset == 0.0 and rank == 0 and identity in bound
         if stays or len(places) > 1:
             tie(places, olds[identity] if stays else tensor_in(*places[0]))
 

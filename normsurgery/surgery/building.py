@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from normsurgery import steps
 from normsurgery.errors import UsageError
-from normsurgery.plan import Step
 from normsurgery.spec import Source
+from normsurgery.steps import Duplicate, Step
 from normsurgery.surgery.inherit import is_transient, tensor_in
 from normsurgery.surgery.keymap import Entries, Made, Move
 from normsurgery.surgery.names import join
@@ -60,11 +61,11 @@ def built_step(model: nn.Module, step: Step, init: str) -> Built:
         if is_transient(model, name)
     }
     old = module_at(model, step.site.path)
-    if step.action == "copy":
+    if isinstance(step, Duplicate):
         new = tree_copy(old, clone=True)
         same = {name: Moved(name) for name in tensors_in(new)}
         return Built(step, source, old, new, Relation(same), {name: name for name in same}, unsaved)
-    if step.action == "replay":
+    if isinstance(step, steps.Replay):
         names = _locals(old, step, source.tensors)
         relation = Relation({role: Moved(role) for role in source.tensors})
         return Built(step, source, old, replayed(step, source), relation, names, unsaved)
@@ -172,7 +173,7 @@ def came_from(item: Built) -> Iterator[tuple[Tensor, float, list[list[str]]]]:
 
 
 def _old_tensor(item: Built, moved: Moved) -> Tensor | None:
-    if item.step.action != "copy" and item.step.site.attach == "norm":
+    if not isinstance(item.step, Duplicate) and item.step.site.attach == "norm":
         return item.source.tensors.get(moved.role)
     return tensors_in(item.old).get(moved.role)
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from normsurgery.errors import CannotConvert, UsageError
 from normsurgery.fold.editing import edited, needed_by, require_padding_held
 from normsurgery.fold.edits import Drop
-from normsurgery.plan import Plan, Step
+from normsurgery.plan import Plan
 from normsurgery.spec import Source
+from normsurgery.steps import Step
 from normsurgery.surgery.optimizer import OptimizerState, carried_state
 from normsurgery.surgery.relation import tensors_in
 from normsurgery.surgery.source import build, conversion_of, what_is_left

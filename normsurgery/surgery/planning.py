@@ -9,9 +9,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from normsurgery.errors import CannotConvert, PromiseBroken, UsageError
-from normsurgery.plan import Init, Plan, Step, checked_init, skip_line, versions
+from normsurgery.plan import Init, Plan, checked_init, skip_line, versions
 from normsurgery.selection import Rule, as_rules, select
 from normsurgery.spec import Conversion, Fidelity, NormSpec, Source, get
+from normsurgery.steps import Duplicate, Replay, Step, Swap
 from normsurgery.survey import Site, Skip, Survey
 
 if TYPE_CHECKING:
@@ -89,16 +90,16 @@ def _decide(
     if site.attach != target.attach:
         return _skip(site, _ATTACH_REASONS[site.attach, target.attach])
     same = _is_same(site, target, rule, init)
-    copies = same and site.form == "module"
+    copies = same and _has_own_class(model, site, target)
     reason = obstacle(model, site, copies=copies, around=around)
     if reason is not None:
         return _skip(site, reason)
     if copies:
         note = "a copy of the same module"
-        return Step(site, target.name, {}, Fidelity.IDENTICAL, "copy", (note,))
+        return Duplicate(site, target.name, {}, Fidelity.IDENTICAL, (note,))
     if same and site.call is not None and site.call.operations:
         note = "its own operations, as a module"
-        return Step(site, target.name, {}, Fidelity.IDENTICAL, "replay", (note,))
+        return Replay(site, target.name, {}, Fidelity.IDENTICAL, (note,))
     conversion = target.conversion(site.kind)
     if conversion is None:
         return _skip(site, f"there is no conversion from {site.kind} to {target.name}")
@@ -116,7 +117,7 @@ def _decide(
     promise = conversion.promise(source, resolved)
     if init == "reset" and promise > Fidelity.RETRAIN and source.tensors:
         promise = Fidelity.RETRAIN
-    return Step(site, target.name, resolved, promise)
+    return Swap(site, target.name, resolved, promise)
 
 
 def with_children(model: nn.Module, steps: Sequence[Step]) -> tuple[Step, ...]:
@@ -139,6 +140,22 @@ def with_children(model: nn.Module, steps: Sequence[Step]) -> tuple[Step, ...]:
 def _is_same(site: Site, target: NormSpec, rule: Rule, init: Init) -> bool:
     same = site.kind == target.name and site.attach == "norm"
     return same and not rule.options and init == "copy"
+
+
+def _has_own_class(model: nn.Module, site: Site, target: NormSpec) -> bool:
+    """Whether a module is of the very class that its kind is made as: another one (a fused or
+    hand-written norm, a subclass) is replaced like a norm of any other kind."""
+    from normsurgery.surgery.source import module_at, source_of
+
+    conversion = target.conversion(site.kind)
+    if site.form != "module" or conversion is None:
+        return site.form == "module"
+    module = module_at(model, site.path)
+    try:
+        _, new = _resolve(conversion, source_of(model, site), {}, "copy", target)
+    except CannotConvert:
+        return type(module) in target.classes
+    return type(module) is type(new)
 
 
 def _resolve(

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 from torch import fx, nn
 
 from normsurgery.errors import CannotRead, CannotRewrite, UsageError
+from normsurgery.fold.neutral import NeutralBranch
 from normsurgery.norms.weightstandardization import is_standardized, take_off
-from normsurgery.plan import MERGED, Plan, Step
+from normsurgery.plan import Plan
+from normsurgery.steps import FoldStep, Step
 from normsurgery.surgery.application import apply
-from normsurgery.surgery.forwards import sums_of, where_it_is_now
 from normsurgery.surgery.owner import Placement, is_rewritten, reapply, restore
 from normsurgery.surgery.plan_record import record_plan
 from normsurgery.surgery.references import ModuleReferences
@@ -70,41 +71,40 @@ def restore_rewrites(model: nn.Module, plan: Plan | Report) -> nn.Module:
 
     Raises CannotRead where a forward is written differently than when the plan was made.
     """
-    from normsurgery.fold.merging import reapply_merges
-
     made = plan if isinstance(plan, Plan) else plan.plan
     # What a fold baked in is a plain layer, which is saved as it is.
-    weights = tuple(s for s in made.steps if s.site.attach == "weight" and s.action != "fold")
+    weights = tuple(
+        s for s in made.steps if s.site.attach == "weight" and not isinstance(s, FoldStep)
+    )
     if weights:
         model = apply(model, replace(made, steps=weights), None).model
-    calls = [step for step in made.steps if step.site.form != "module"]
+    calls = [
+        step for step in made.steps if step.site.form != "module" and not _is_gone(model, step)
+    ]
     around = ModuleReferences(model)
     for path in dict.fromkeys(step.site.path for step in calls):
         owner = module_at(model, path)
         if isinstance(owner, fx.GraphModule):
             continue  # its graph is saved as it is
-        steps = [step for step in calls if step.site.path == path]
-        merges = [step for step in steps if step.rule == MERGED]
         placements = [
-            Placement(s.site, s.child, _taken(owner, s)) for s in steps if s.rule != MERGED
+            Placement(s.site, s.child, _taken(owner, s)) for s in calls if s.site.path == path
         ]
         try:
-            if placements:
-                made_again = reapply(
-                    owner,
-                    placements,
-                    shared=shared_tensors(owner, placements, around),
-                    following=sums_of(merges, path),
-                )
-                merges = [where_it_is_now(step, made_again.followed) for step in merges]
-            if merges:
-                reapply_merges(owner, merges)
+            reapply(owner, placements, shared=shared_tensors(owner, placements, around))
         except CannotRewrite as error:
             raise CannotRead(
                 f"the forward of {path or made.model} cannot be rewritten as it was: "
                 f"{error.reason}. The plan was made with {_versions(made)}."
             ) from error
     return model
+
+
+def _is_gone(model: nn.Module, step: Step) -> bool:
+    """Whether its owner was part of a branch that was merged into another one."""
+    parts = step.site.path.split(".")
+    above = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
+    there = dict(model.named_modules())
+    return any(isinstance(there.get(path), NeutralBranch) for path in above)
 
 
 def _taken(owner: nn.Module, step: Step) -> nn.Module:

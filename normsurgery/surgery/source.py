@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from normsurgery.errors import UsageError
 from normsurgery.norms.carry import AFFINE_ROLES
-from normsurgery.plan import Step
 from normsurgery.spec import Conversion, Source, get
+from normsurgery.steps import FoldStep, Step
 from normsurgery.survey import Site
 
 PARAMETRIZED = ".parametrizations."
@@ -70,7 +70,7 @@ def conversion_of(step: Step) -> Conversion | None:
     from normsurgery.fold.channel_pad import conversion_to_padding
 
     conversion = get(step.to).conversion(step.site.kind)
-    padded = step.action == "fold" and "pad" in step.options
+    padded = isinstance(step, FoldStep) and "pad" in step.options
     return conversion_to_padding(conversion) if padded else conversion
 
 
@@ -80,7 +80,7 @@ def what_is_left(source: Source, step: Step) -> tuple[Source, Mapping[str, Any]]
     A fold with `affine=False` has put the norm's weight and bias elsewhere; with `unpadded` it
     names convolutions, which are no business of the norm's.
     """
-    if step.action != "fold":
+    if not isinstance(step, FoldStep):
         return source, step.options
     if "pad" in step.options or step.options.get("affine", True):
         named = {name: value for name, value in step.options.items() if name != "unpadded"}

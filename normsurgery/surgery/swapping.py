@@ -18,6 +18,7 @@ from normsurgery.randomstate import random_state_kept
 from normsurgery.report import Report
 from normsurgery.selection import Rule, as_rules
 from normsurgery.spec import Fidelity, get
+from normsurgery.steps import FoldStep
 from normsurgery.surgery.application import Applied, apply
 from normsurgery.surgery.calls import recorded_calls
 from normsurgery.surgery.inherit import hooked_parameters
@@ -170,7 +171,7 @@ def _planned(
 ) -> tuple[Plan, tuple[str, ...]]:
     """The plan that was given, or one made from what is found; and what to say about that."""
     if request.plan is not None:
-        if any(step.action == "fold" for step in request.plan.steps):
+        if any(isinstance(step, FoldStep) for step in request.plan.steps):
             raise UsageError("this is the plan of a fold. Use fold(plan=...).")
         check_promise(request.plan, request.require)
         return request.plan, ()

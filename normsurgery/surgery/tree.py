@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 REGISTRIES = ("_modules", "_parameters", "_buffers")
 
@@ -38,32 +38,39 @@ def paths_of_all(model: nn.Module) -> dict[int, list[str]]:
     return found
 
 
-def names_of(model: nn.Module, wanted: Tensor) -> list[str]:
-    """Every name of a parameter or buffer, through every alias."""
-    named = (
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    )
-    return [name for name, tensor in named if tensor is wanted]
-
-
 def replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
     """Bind `new` wherever `old` is registered, in its position; returns the (new) root."""
-    for parent, name in bindings(model, old):
-        parent._modules[name] = new
-    return new if model is old else model
+    return Bindings(model).replace(model, old, new)
 
 
-def held_elsewhere(model: nn.Module, wanted: nn.Module) -> str | None:
-    """Where `wanted` is held outside the module tree (a plain list, a partial, a bound method).
+class Bindings:
+    """Every place that registers each module, read once for all of a model's replacements."""
 
-    A replacement in the tree would not reach such a reference, and the forward may go on using it.
-    """
-    return holders(model).get(id(wanted))
+    def __init__(self, model: nn.Module) -> None:
+        self._places: dict[int, list[tuple[nn.Module, str]]] = {}
+        self._read(model)
+
+    def _read(self, model: nn.Module) -> None:
+        self._places.clear()
+        for parent in model.modules():
+            for name, child in parent._modules.items():
+                self._places.setdefault(id(child), []).append((parent, name))
+
+    def replace(self, model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+        """Bind `new` wherever `old` is registered, in its position; returns the (new) root."""
+        places = self._places.pop(id(old), [])
+        for parent, name in places:
+            parent._modules[name] = new
+        self._places[id(new)] = places
+        root = new if model is old else model
+        if any(True for _ in (*old.children(), *new.children())):
+            self._read(root)
+        return root
 
 
 def holders(model: nn.Module) -> dict[int, str]:
-    """For every module that another one holds outside the module tree, by `id`, where first."""
+    """For every module that another one holds outside the module tree, by `id`, where first: in a
+    plain list, a partial, a bound method. A replacement in the tree would not reach it there."""
     found: dict[int, str] = {}
     for path, module in model.named_modules():
         for name, value in vars(module).items():

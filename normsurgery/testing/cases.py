@@ -53,9 +53,9 @@ def first(spec: NormSpec) -> tuple[nn.Module, tuple[int, ...]]:
     return made(example, True), example.inputs[0]
 
 
-def run(module: Callable[[Tensor], Any], x: Tensor) -> Tensor:
+def run(module: Callable[..., Any], x: Tensor, **further: Tensor) -> Tensor:
     with torch.no_grad():
-        y: Tensor = module(x)
+        y: Tensor = module(x, **further)
     return y
 
 

@@ -56,6 +56,10 @@ def norm_checks(spec: NormSpec) -> tuple[Check, ...]:
     ]
     if spec.attach == "norm":
         checks.append(("one position", modules.check_one_position))
+    if spec.update is not None:
+        checks.append(("state update", formulas.check_update))
+    if spec.inputs:
+        checks.append(("further inputs", formulas.check_further_inputs))
     if spec.hypotheses is not None:
         checks.append(("hypotheses", finding.check_hypotheses))
     if spec.strip is not None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from normsurgery.errors import CannotConvert
 from normsurgery.spec import NormSpec
 from normsurgery.testing.cases import each_case, made, random_input, require, run
 from normsurgery.testing.conversions import sources
@@ -16,28 +17,45 @@ from normsurgery.verify.judge import judge
 
 
 def check_inference_form(spec: NormSpec) -> None:
-    """`as_affine` is what eval computes; where it refuses, eval is no scale and shift."""
-    if spec.as_affine is None:
-        assert spec.why_not_affine, f"{spec.name}: neither as_affine nor why_not_affine"
+    """`affine` is what eval computes; where it gives none, eval is no scale and shift."""
+    if spec.affine is None:
+        assert spec.why_not_affine, f"{spec.name}: neither affine nor why_not_affine"
         return
     applied = 0
     for example, shape in each_case(spec):
         module = made(example, False)
-        try:
-            scale, shift = spec.as_affine(module)
-        except CannotConvert:
+        tensors, settings = spec.values(module)
+        parts = spec.affine(tensors, settings)
+        if parts is None:
             assert not affine_in_eval(spec, module, shape), (
-                f"{spec.name} ({example.label}): as_affine refuses what is a scale and a shift"
+                f"{spec.name} ({example.label}): affine gives none of what is a scale and a shift"
             )
             continue
-        axis = spec.read(module).settings["channel_axis"]
+        axis = settings["channel_axis"]
+        assert all(p is None or p.dtype == torch.float64 for p in parts)
+        assert all(p is None or p.shape in ((), (1,), (shape[axis],)) for p in parts)
+        scale, shift = parts
         x = random_input(shape)
-        expected = x * _along(scale, x, axis) + _along(shift, x, axis)
-        assert scale.dtype == shift.dtype == torch.float64
-        assert scale.shape == shift.shape == (shape[axis],)
-        require(judge(run(module, x), expected), f"{spec.name} ({example.label}), as_affine")
+        scaled = x if scale is None else x * _along(scale, x, axis)
+        expected = scaled if shift is None else scaled + _along(shift, x, axis)
+        require(judge(run(module, x), expected), f"{spec.name} ({example.label}), affine")
+        _require_same_parts(spec, parts, settings, tensors, example.label)
         applied += 1
-    assert applied, f"{spec.name}: as_affine refuses every example"
+    assert applied, f"{spec.name}: affine gives none for any example"
+
+
+def _require_same_parts(
+    spec: NormSpec, parts: Any, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], of: str
+) -> None:
+    """Which parts there are is learnt from vectors of ones, before there are any values."""
+    assert spec.affine is not None
+    features = int(settings.get("features") or 1)
+    ones = {role: torch.ones(features, dtype=torch.float64) for role in tensors}
+    probed = spec.affine(ones, settings)
+    there = None if probed is None else [part is not None for part in probed]
+    assert there == [part is not None for part in parts], (
+        f"{spec.name} ({of}): of vectors of ones `affine` gives other parts"
+    )
 
 
 def check_strip(spec: NormSpec) -> None:

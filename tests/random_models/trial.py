@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import normsurgery as ns
-from normsurgery.plan import Step
+from normsurgery.steps import Step
 
 from .grow import grow
 from .interpret import Call, run

@@ -106,6 +106,7 @@ def decoders() -> dict[str, Row]:
             offset_one=2 + 4 + 1,
             outside={"l2norm": 2},
             skips=1,
+            gated=1,
         ),
         # Four per layer: before and after attention and feed-forward.
         "gemma2": Row(
@@ -199,5 +200,6 @@ def decoders() -> dict[str, Row]:
             ),
             text_input,
             {"rmsnorm": 2 * 2 + 1},
+            gated=2,
         ),
     }

@@ -25,7 +25,7 @@ from normsurgery.fold.checkpoint.evaluating import Evaluation, refuse_created
 from normsurgery.fold.checkpoint.keys import read_names
 from normsurgery.fold.checkpoint.layout import Layout, read_layout, read_object
 from normsurgery.fold.checkpoint.neutral import edits_of, without_neutral
-from normsurgery.fold.checkpoint.others import TIED, write_others, write_record
+from normsurgery.fold.checkpoint.others import write_others, write_record
 from normsurgery.fold.checkpoint.proving import prove
 from normsurgery.fold.checkpoint.reading import same_bytes
 from normsurgery.fold.checkpoint.resuming import (
@@ -38,6 +38,7 @@ from normsurgery.fold.checkpoint.resuming import (
 )
 from normsurgery.fold.checkpoint.streaming import OutputShard, planned_outputs, write_shard
 from normsurgery.fold.ground import Choices
+from normsurgery.fold.untied_flags import TIED
 from normsurgery.inputs import Inputs, as_inputs, infer, parse
 from normsurgery.plan import Plan, versions
 from normsurgery.report import Report
@@ -111,7 +112,7 @@ def fold_checkpoint(
             _write(outputs, evaluation, place, progress)
             write_others(layout, outputs, evaluation, place)
             if verify:
-                evidence = _proven(layout, place, evaluation, outputs, given, seed, progress)
+                evidence = _proven(layout, place, evaluation, outputs, given, plan, seed, progress)
         left_out = evaluation.left_out(drop)
         notes = tuple(_notes(layout, evaluation, left_out))
         report = Report("fold", plan, KeyMap(plan, dropped=left_out), evidence, versions(), notes)
@@ -292,6 +293,7 @@ def _proven(
     evaluation: Evaluation,
     outputs: tuple[OutputShard, ...],
     inputs: Inputs,
+    plan: Plan,
     seed: int,
     progress: Progress,
 ) -> Evidence:
@@ -305,6 +307,7 @@ def _proven(
             [output for shard in outputs for output in shard.outputs],
             written.entries,
             inputs,
+            changes=[path for step in plan.steps for path in step.changes],
             seed=seed,
             described=" ".join(inputs.spelling),
             progress=lambda done, total: progress("verify", done, total),

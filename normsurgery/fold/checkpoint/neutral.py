@@ -11,7 +11,8 @@ from normsurgery.fold.checkpoint.keys import Names
 from normsurgery.fold.checkpoint.layout import Layout, read_object
 from normsurgery.fold.checks import Check
 from normsurgery.fold.edits import Centre, Edit, Fill
-from normsurgery.plan import Plan, Step
+from normsurgery.plan import Plan
+from normsurgery.steps import Step
 from normsurgery.survey import Skip
 
 

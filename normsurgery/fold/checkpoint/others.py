@@ -13,10 +13,9 @@ from normsurgery.fold.checkpoint.evaluating import Evaluation
 from normsurgery.fold.checkpoint.layout import CONFIG, INDEX, Layout, read_object
 from normsurgery.fold.checkpoint.resuming import Workplace
 from normsurgery.fold.checkpoint.streaming import OutputShard
+from normsurgery.fold.untied_flags import TIED
 from normsurgery.jsonfiles import write_json
 from normsurgery.report import Report
-
-TIED = "tie_word_embeddings"
 
 
 def write_others(

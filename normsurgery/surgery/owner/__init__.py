@@ -17,7 +17,6 @@ from normsurgery.surgery.owner.install import install, is_rewritten, original_cl
 from normsurgery.surgery.owner.proof import prove
 from normsurgery.surgery.owner.rewriting import OwnerCall, Placement, Rewriting
 from normsurgery.surgery.owner.source import rewriting
-from normsurgery.survey import CallSite
 
 __all__ = [
     "CannotRewrite",
@@ -41,7 +40,6 @@ def rewrite_owner(
     *,
     modes: Sequence[bool] = (False, True),
     shared: Mapping[str, str] = NOTHING,
-    following: Sequence[CallSite] = (),
 ) -> Rewriting:
     """Put each placement's module in the place of its call or formula, editing `owner` in place.
 
@@ -49,11 +47,11 @@ def rewrite_owner(
     recorded `calls` what the owner does, in each of `modes` (whether it trains). The tensors that
     the new norms take over leave the owner (`Rewriting.moved`), those that other code reads stay
     (`Rewriting.kept`), and so do those in `shared`, by their names below the owner, with the
-    reason. following: other places in that forward that are to be rewritten next.
+    reason.
 
     Raises CannotRewrite, and then `owner` is as it was.
     """
-    found = _keeping(rewriting(owner, placements, following), shared)
+    found = _keeping(rewriting(owner, placements), shared)
     prove(owner, found, placements, calls, modes)
     install(owner, found, {p.name: p.module for p in placements})
     return found
@@ -64,15 +62,14 @@ def reapply(
     placements: Sequence[Placement],
     *,
     shared: Mapping[str, str] = NOTHING,
-    following: Sequence[CallSite] = (),
 ) -> Rewriting:
     """Make a rewrite again that was accepted before, on the original class, without any call.
 
-    shared, following: as for `rewrite_owner`.
+    shared: as for `rewrite_owner`.
 
     Raises CannotRewrite where the forward's source is not the one that the sites speak of.
     """
-    found = _keeping(rewriting(owner, placements, following), shared)
+    found = _keeping(rewriting(owner, placements), shared)
     install(owner, found, {p.name: p.module for p in placements})
     return found
 

@@ -1,4 +1,9 @@
-"""Putting a new forward on one instance: a subclass of its own class, made for it alone."""
+"""Putting a new forward on one instance: a subclass of its own class, made for it alone.
+
+An owner that is a norm by its class (a BatchNorm2d with an activation in its forward) is none any
+more: it gets a class like its own that is no subclass of that norm's, since whoever asks for a norm
+by its class would look for statistics and weights that it has not.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +15,8 @@ from typing import Any
 from torch import nn
 
 from normsurgery.errors import CannotRewrite, UsageError
+from normsurgery.spec import specs
+from normsurgery.surgery.owner.functions import in_class, unrelated
 from normsurgery.surgery.owner.rewriting import Rewriting
 
 MARK = "__normsurgery_owner__"
@@ -89,6 +96,13 @@ def _remove(owner: nn.Module, dotted: str) -> None:
 
 
 def _subclass(original: type[nn.Module], rewriting: Rewriting) -> type[nn.Module]:
+    base: Any = original
+    forward = rewriting.forward
+    norms = [spec for spec in specs() if spec.attach == "norm" and spec.found_by_class]
+    if issubclass(original, tuple(cls for spec in norms for cls in spec.classes)):
+        base = unrelated(base)
+        forward = in_class(forward, dict(zip(original.__mro__, base.__mro__, strict=True)))
+
     def refuse_pickle(self: nn.Module, protocol: Any) -> Any:
         raise UsageError(
             f"{original.__name__} has a rewritten forward, which no pickle can hold: "
@@ -97,14 +111,14 @@ def _subclass(original: type[nn.Module], rewriting: Rewriting) -> type[nn.Module
         )
 
     def deep_copy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
-        return _rebuilt(self, original, memo)
+        return _rebuilt(self, base, memo)
 
     def shallow_copy(self: nn.Module) -> nn.Module:
-        return _rebuilt(self, original, None)
+        return _rebuilt(self, base, None)
 
     def describe(self: nn.Module) -> str:
         try:
-            return original.extra_repr(self)
+            return str(base.extra_repr(self))
         except AttributeError:  # it tells of tensors that have moved
             return "its norm is called by its forward"
 
@@ -117,30 +131,28 @@ def _subclass(original: type[nn.Module], rewriting: Rewriting) -> type[nn.Module
     ) -> None:
         # A class that migrates old formats would look for the tensors that have moved.
         metadata = {**local_metadata, "version": self._version}
-        original._load_from_state_dict(self, state_dict, prefix, metadata, *rest)
+        base._load_from_state_dict(self, state_dict, prefix, metadata, *rest)
 
     namespace: dict[str, Any] = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
         MARK: original,
-        "forward": rewriting.forward,
+        "forward": forward,
         "__reduce_ex__": refuse_pickle,
         "_load_from_state_dict": load,
         "extra_repr": describe,
     }
-    if not hasattr(original, "__deepcopy__"):
+    if not hasattr(base, "__deepcopy__"):
         namespace["__deepcopy__"] = deep_copy
-    if not hasattr(original, "__copy__"):
+    if not hasattr(base, "__copy__"):
         namespace["__copy__"] = shallow_copy
-    return types.new_class(
-        original.__name__, (original,), exec_body=lambda ns: ns.update(namespace)
-    )
+    return types.new_class(original.__name__, (base,), exec_body=lambda ns: ns.update(namespace))
 
 
-def _rebuilt(owner: nn.Module, original: type[nn.Module], memo: dict[int, Any] | None) -> nn.Module:
+def _rebuilt(owner: nn.Module, base: type[nn.Module], memo: dict[int, Any] | None) -> nn.Module:
     """A copy of `owner` by the protocol that `copy` follows, which `__reduce_ex__` refuses."""
-    make, arguments, state = (*original.__reduce_ex__(owner, 4), None)[:3]
+    make, arguments, state = (*base.__reduce_ex__(owner, 4), None)[:3]
     if memo is None:
         copied: nn.Module = make(*arguments)
         return _with_state(copied, state.copy() if isinstance(state, dict) else state)

@@ -30,6 +30,7 @@ from normsurgery.surgery.owner.rewriting import (
     tensor_at,
     tensor_names,
 )
+from normsurgery.surgery.relation import tensors_in
 from normsurgery.treecopy import tree_copy
 
 RELATIVE = 1e-10  # the criterion for formulas in float64
@@ -212,7 +213,7 @@ def _run(model: nn.Module, call: OwnerCall, ignored: Collection[str] = ()) -> _R
         arguments,
         gradients,
         _random_state(),
-        _tensors(copied),
+        tensors_in(copied),
         _attributes(copied, frozenset(ignored)),
     )
 
@@ -251,11 +252,6 @@ def _cloned(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _cloned(item) for key, item in value.items()}
     return value
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    named = dict(model.named_parameters(remove_duplicate=False))
-    return {**named, **dict(model.named_buffers(remove_duplicate=False))}
 
 
 def _attributes(model: nn.Module, ignored: frozenset[str]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from normsurgery.errors import CannotRewrite
 from normsurgery.spec import Source
+from normsurgery.surgery.relation import tensors_in
 from normsurgery.survey import CallSite, Site
 
 
@@ -50,13 +51,11 @@ class Rewriting:
 
     moved: tensors (dotted names below the owner) that the new norms take over and that leave it.
     kept: tensors of the old norms that stay because other code reads them, with that reason.
-    followed: other places in the old forward that were asked about -> where they are in the new.
     """
 
     forward: Callable[..., Any]
     moved: tuple[str, ...] = ()
     kept: Mapping[str, str] = field(default_factory=dict)
-    followed: Mapping[CallSite, CallSite] = field(default_factory=dict)
 
 
 def tensor_names(owner: nn.Module, placement: Placement) -> dict[str, str]:
@@ -92,7 +91,7 @@ def check_distinct(placements: Sequence[Placement]) -> None:
 
 
 def _relative(owner: nn.Module, full_name: str, paths: Sequence[str]) -> str | None:
-    tensors = _all_tensors(owner)
+    tensors = tensors_in(owner)
     for path in paths:
         prefix = f"{path}." if path else ""
         name = full_name.removeprefix(prefix)
@@ -102,11 +101,4 @@ def _relative(owner: nn.Module, full_name: str, paths: Sequence[str]) -> str | N
 
 
 def _name_of(owner: nn.Module, tensor: Tensor | None) -> str | None:
-    return next((name for name, own in _all_tensors(owner).items() if own is tensor), None)
-
-
-def _all_tensors(owner: nn.Module) -> dict[str, Tensor]:
-    return {
-        **dict(owner.named_parameters(remove_duplicate=False)),
-        **dict(owner.named_buffers(remove_duplicate=False)),
-    }
+    return next((name for name, own in tensors_in(owner).items() if own is tensor), None)

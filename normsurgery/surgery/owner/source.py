@@ -14,8 +14,7 @@ import inspect
 import itertools
 import linecache
 from collections.abc import Iterator, Sequence
-from types import CellType, CodeType, FunctionType
-from typing import Any
+from types import CodeType, FunctionType
 
 from torch import nn
 
@@ -23,28 +22,21 @@ from normsurgery.errors import CannotRewrite
 from normsurgery.graph.positions import functions_within, source_hash, syntax_of
 from normsurgery.surgery.attribute_chains import Definition
 from normsurgery.surgery.owner.edit import Target, edit
-from normsurgery.surgery.owner.following import followed, places_of
+from normsurgery.surgery.owner.functions import dressed, rewrapped
 from normsurgery.surgery.owner.install import original_class
 from normsurgery.surgery.owner.rewriting import Placement, Rewriting, check_distinct, tensor_names
 from normsurgery.surgery.owner.still_read import still_read
-from normsurgery.survey import CallSite
 
 FUTURES = sum(getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
 _numbers = itertools.count()
 
 
-def rewriting(
-    owner: nn.Module, placements: Sequence[Placement], following: Sequence[CallSite] = ()
-) -> Rewriting:
-    """The owner's forward with every placement's expression replaced. Raises CannotRewrite.
-
-    following: other places in that forward, to be known in the new one (`Rewriting.followed`).
-    """
+def rewriting(owner: nn.Module, placements: Sequence[Placement]) -> Rewriting:
+    """The owner's forward with every placement's expression replaced. Raises CannotRewrite."""
     check_distinct(placements)
     outer, inner = located(owner, placements[0])
     definition = _syntax(inner)
     names = [tensor_names(owner, placement) for placement in placements]
-    places = places_of(definition, following)
     edit(
         definition,
         [
@@ -56,10 +48,9 @@ def rewriting(
     tensors = list(dict.fromkeys(name for own in names for name in own.values()))
     read = still_read(original_class(owner), definition, inner, tensors)
     return Rewriting(
-        forward=_rewrapped(outer, inner, function, {}),
+        forward=rewrapped(outer, inner, function, {}),
         moved=tuple(name for name in tensors if name not in read),
         kept={name: f"{where} reads it" for name, where in read.items()},
-        followed=followed(following, places, definition, function),
     )
 
 
@@ -114,7 +105,7 @@ def _compiled(definition: Definition, original: FunctionType) -> FunctionType:
         original.__defaults__,
         tuple(cells[name] for name in code.co_freevars),
     )
-    return _dressed(function, original)
+    return dressed(function, original)
 
 
 def _code(definition: Definition, original: FunctionType) -> CodeType:
@@ -148,47 +139,3 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
         if isinstance(constant, CodeType):
             yield constant
             yield from _codes(constant)
-
-
-def _rewrapped(
-    value: Any, old: FunctionType, new: FunctionType, done: dict[int, FunctionType]
-) -> Any:
-    """`value` with `old` replaced by `new`: itself where it does not hold `old`, else a copy."""
-    if value is old:
-        return new
-    if not isinstance(value, FunctionType) or old not in functions_within(value):
-        return value
-    if id(value) in done:
-        return done[id(value)]
-    # A cell that does not hold the old function stays the very cell: others may share it.
-    cells = value.__closure__ or ()
-    closure = tuple(CellType() if _holds(cell, old) else cell for cell in cells)
-    copied = FunctionType(
-        value.__code__, value.__globals__, value.__name__, value.__defaults__, closure
-    )
-    done[id(value)] = copied
-    _dressed(copied, value)
-    for new_cell, cell in zip(closure, cells, strict=True):
-        if new_cell is not cell:
-            new_cell.cell_contents = _rewrapped(cell.cell_contents, old, new, done)
-    if "__wrapped__" in vars(value):
-        copied.__wrapped__ = _rewrapped(value.__wrapped__, old, new, done)  # type: ignore[attr-defined]
-    return copied
-
-
-def _holds(cell: CellType, old: FunctionType) -> bool:
-    try:
-        return old in functions_within(cell.cell_contents)
-    except ValueError:  # the name is not bound yet
-        return False
-
-
-def _dressed(function: FunctionType, original: FunctionType) -> FunctionType:
-    """With everything of `original` that is not its code."""
-    function.__kwdefaults__ = dict(original.__kwdefaults__) if original.__kwdefaults__ else None
-    function.__annotations__ = dict(original.__annotations__)
-    function.__qualname__ = original.__qualname__
-    function.__module__ = original.__module__
-    function.__doc__ = original.__doc__
-    vars(function).update(vars(original))
-    return function

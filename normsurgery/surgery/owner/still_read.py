@@ -27,8 +27,9 @@ def still_read(
 ) -> dict[str, str]:
     """For each dotted tensor name that other code reads: which code does.
 
-    Other code is the rewritten `forward`, every method it reaches through `self` or `super()`,
-    and every method of the user's classes, other than those that only initialise.
+    Other code is the rewritten `forward`, every method of the user's classes that the old one did
+    not run, other than those that only initialise, and what these reach through `self` or
+    `super()`. A helper that only the old forward ran went with the norm.
     """
     found: dict[str, str] = {}
     if not names:
@@ -46,12 +47,16 @@ def _code(
 ) -> Iterator[tuple[str, Chains]]:
     chains = chains_in(forward)
     yield "forward", chains
-    used = functions_used(owner_class, sorted({chain[0] for chain in chains if chain}), {})
-    seen = {replaced.__code__}
-    for function in (*used, *_own_methods(owner_class)):
-        if function.__code__ not in seen:
-            seen.add(function.__code__)
+    before = set(functions_used(owner_class, _names(chains_of(replaced)), {})) | {replaced}
+    apart = [function for function in _own_methods(owner_class) if function not in before]
+    named = _names(chains.union(*map(chains_of, apart)))
+    for function in dict.fromkeys((*functions_used(owner_class, named, {}), *apart)):
+        if function is not replaced:
             yield function.__qualname__, chains_of(function)
+
+
+def _names(chains: Chains) -> list[str]:
+    return sorted({chain[0] for chain in chains if chain})
 
 
 def _own_methods(owner_class: type) -> Iterator[FunctionType]:

@@ -9,9 +9,10 @@ from torch import nn
 
 from normsurgery.errors import CannotTrace, NormsurgeryError
 from normsurgery.inputs import Inputs
-from normsurgery.plan import Plan, Step
+from normsurgery.plan import Plan
 from normsurgery.report import Report
 from normsurgery.spec import Fidelity
+from normsurgery.steps import FoldStep, Step
 from normsurgery.verify.evidence import Evidence
 
 
@@ -128,7 +129,7 @@ class _Parts:
 
 
 def _carried_out(model: nn.Module, plan: Plan, inputs: Inputs | None) -> Report:
-    if any(step.action == "fold" for step in plan.steps):
+    if any(isinstance(step, FoldStep) for step in plan.steps):
         from normsurgery.fold.folding import fold
 
         return fold(model, plan=plan, inputs=inputs, eval=True)[1]
