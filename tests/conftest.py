@@ -1,15 +1,15 @@
 """Rules for the whole run: one thread per worker, no skip that is not on the committed list, and
-torch's list of ONNX functions read from their sources once, not at every export."""
+what torch reads from its sources at every export or every seed is read once."""
 
 from __future__ import annotations
 
 import os
 import sys
+import typing
 from collections.abc import Callable, Generator
 from functools import cache
 from pathlib import Path
-from types import FunctionType
-from typing import Any
+from types import FunctionType, ModuleType, SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -21,8 +21,8 @@ ALLOWED_SKIPS = Path(__file__).with_name("allowed_skips.txt")
 
 CAMPAIGN = os.environ.get("CAMPAIGN")  # tests/campaign.py says what it is
 
-# `make test` draws the same few examples every time; a campaign many, from the seed it is given.
-settings.register_profile("test", deadline=None, derandomize=True, max_examples=25)
+# `make test` draws the same examples every time; a campaign ten times as many, from its seed.
+settings.register_profile("test", deadline=None, derandomize=True)
 settings.register_profile("campaign", deadline=None, max_examples=1000)
 settings.load_profile("test" if CAMPAIGN is None else "campaign")
 
@@ -88,14 +88,41 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup() -> None:
-    """onnxscript parses the sources of its 500 functions again whenever torch asks for the list,
-    which is half of the time of a small export. The list is only read."""
-    for name, api in list(sys.modules.items()):
-        listing = vars(api).get("get_torchlib_ops") if name.startswith(APIS) else None
-        if isinstance(listing, FunctionType):
-            api.get_torchlib_ops = _once(listing)  # type: ignore[attr-defined]
+    """What torch and onnxscript make anew at every call, though it never changes, is made once."""
+    for name, module in list(sys.modules.items()):
+        wrap = ONCE.get(name) or (_kept("get_torchlib_ops") if name.startswith(APIS) else None)
+        if wrap is not None:
+            wrap(module)
 
 
-@cache
-def _once(listing: Callable[[], Any]) -> Callable[[], Any]:
-    return cache(listing)
+def _kept(function: str) -> Callable[[ModuleType], None]:
+    """Gives the module's function a cache."""
+
+    def wrap(module: ModuleType) -> None:
+        found = vars(module).get(function)
+        if isinstance(found, FunctionType):
+            setattr(module, function, cache(found))
+
+    return wrap
+
+
+def _unseen(module: ModuleType) -> None:
+    """Takes the call stack away that the module writes down at every `torch.manual_seed` until its
+    device is first used, for an error message."""
+    module.traceback = STACKLESS  # type: ignore[attr-defined]
+
+
+def _cheaply_annotated(module: ModuleType) -> None:
+    """Two annotations are evaluated at every decomposition of every export, 10,000 times each:
+    `typing` remembers what `collections.abc` makes anew."""
+    module.Callable = typing.Callable  # type: ignore[attr-defined]
+
+
+STACKLESS = SimpleNamespace(format_stack=list)
+ONCE: dict[str, Callable[[ModuleType], None]] = {
+    "torch._ops": _cheaply_annotated,
+    "torch.onnx._internal.exporter._schemas": _kept("op_signature_from_function"),
+    "torch.cuda": _unseen,
+    "torch.mtia": _unseen,
+    "torch.xpu": _unseen,
+}

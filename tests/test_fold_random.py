@@ -22,7 +22,7 @@ from random_models.trial import calls, outputs, tells, try_fold
 FOLDED = campaign.seeds(range(400, 700), 2400)
 PARTS = [FOLDED[first : first + 600] for first in range(0, len(FOLDED), 600)]
 EVERY = 10  # of so many models, one is also folded again
-JUDGED = campaign.seeds(range(500_000, 500_060), 1200)  # those whose every norm the oracle judges
+JUDGED = campaign.seeds(range(500_000, 500_100), 1200)  # those whose every norm the oracle judges
 SHARE = 0.99
 LEAST = 1  # how often every rule and every hazard comes up in each part
 BOUND = 1e-10  # what a formula is held to, in float64
