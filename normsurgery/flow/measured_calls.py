@@ -144,11 +144,12 @@ def _other_arguments(model: nn.Module, inputs: Inputs) -> Iterator[Call]:
         value = given.get(name, default)
         if isinstance(value, bool) or (value is None and _names(annotation, bool)):
             yield Call(f"{name}={not value}", (_with(signature, inputs, name, not value),))
-        elif value is None and shape is not None and _names(annotation, Tensor):
+        elif value is None and shape is not None and _may_be_tensor(annotation):
             # Ones are a mask of nothing and a valid index nearly everywhere; zeros are one always.
-            tensors = [torch.ones_like(shape)]
-            tensors += [] if shape.is_floating_point() else [torch.zeros_like(shape)]
-            made = tuple(_with(signature, inputs, name, tensor) for tensor in tensors)
+            values: list[Any] = [torch.ones_like(shape)]
+            values += [] if shape.is_floating_point() else [torch.zeros_like(shape)]
+            values += [True] if annotation is inspect.Parameter.empty else []
+            made = tuple(_with(signature, inputs, name, value) for value in values)
             yield Call(f"{name} given", made)
 
 
@@ -192,6 +193,10 @@ def _entries(typed_dict: Any) -> Iterator[tuple[str, Any, Any]]:
     for name, annotation in hints.items():
         if _names(annotation, bool):
             yield name, annotation, None
+
+
+def _may_be_tensor(annotation: Any) -> bool:
+    return annotation is inspect.Parameter.empty or _names(annotation, Tensor)
 
 
 def _names(annotation: Any, wanted: type) -> bool:

@@ -22,7 +22,6 @@ from normsurgery.flow.nodes import (
     inputs_of,
     is_constant,
     maker,
-    module_of,
     operator,
     outputs_of,
     shape,
@@ -345,10 +344,7 @@ def _branch_sum(
     kept = next((branch for branch in reversed(branches) if _has_room(branch, geometry)), None)
     if kept is None:
         raise Refused(Check.AXIS, "none of its kernels has room for the others")
-    node = maker(output)
-    owner = None if node is None else module_of(node)
-    if owner is None:
-        raise Refused(Check.NOT_REWRITABLE, "the sum is made outside any forward of a module")
+    owner = _owner(ground, output, branches)
     for branch in branches:
         require_own(ground, branch, owner)
         for value in branch.between:
@@ -363,6 +359,17 @@ def _branch_sum(
         geometry=geometry,
         at=tuple(at[id(branch)] for branch in ordered),
     )
+
+
+def _owner(ground: Ground, output: fx.Node, branches: Sequence[Branch]) -> nn.Module:
+    """The innermost module that adds the branches up and holds them all. Raises Refused."""
+    node = maker(output)
+    around = dict.fromkeys(frame.module for frame in frames(node)) if node is not None else {}
+    for module in around:
+        above = f"{_path(ground, module)}.".lstrip(".")
+        if all(branch.path.startswith(above) for branch in branches):
+            return module
+    raise Refused(Check.NOT_REWRITABLE, "no module adds the branches up and holds them all")
 
 
 def _has_room(branch: Branch, geometry: Geometry) -> bool:
