@@ -323,3 +323,64 @@ def test_a_stream_that_one_batch_size_breaks_is_not_centred_in_part() -> None:
     assert report.passed
     for given in (x, x[:1]):
         assert relative(folded(given), model(given)) < BOUND
+
+
+class Numbers(nn.Module):
+    """A batch norm behind arithmetic with numbers, and one in front of it."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor], *, behind: bool) -> None:
+        super().__init__()
+        self.between, self.behind = between, behind
+        self.first, self.norm, self.last = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        y = self.norm(self.between(y)) if self.behind else self.between(self.norm(y.relu()))
+        return self.last(y.tanh() if self.behind else y)
+
+
+ARITHMETIC: dict[str, Callable[[Tensor], Tensor]] = {
+    "3y - 1": lambda y: y * 3 - 1,
+    "2 - y": lambda y: 2 - y,
+    "(y + 4) / 5": lambda y: (y + 4) / 5,
+    "y plus twice 0.5": lambda y: torch.add(y, 0.5, alpha=2),
+    "y less twice 0.5": lambda y: torch.sub(y, 0.5, alpha=2),
+}
+
+
+@pytest.mark.parametrize("behind", [True, False])
+@pytest.mark.parametrize("name", ARITHMETIC)
+def test_a_norm_folds_across_arithmetic_with_numbers(name: str, behind: bool) -> None:
+    model = unsettled(Numbers(ARITHMETIC[name], behind=behind))
+    x = torch.randn(2, 3, 6, 5, dtype=torch.float64)
+    folded, report = ns.fold(model, inputs=(x,))
+    assert [step.to for step in report.plan.steps] == ["identity"]
+    assert relative(folded(x), model(x)) < BOUND
+
+
+class Masked(nn.Module):
+    """What a norm of a scale alone gives is masked before the layer that reads it."""
+
+    def __init__(self, value: float, *, bias: bool = False) -> None:
+        super().__init__()
+        self.value = value
+        self.norm: nn.Module = nn.LayerNorm(4) if bias else nn.RMSNorm(4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.arange(x.shape[1])[:, None] % 2 == 0
+        return self.head(self.norm(x).masked_fill(hidden, self.value))
+
+
+def test_a_scale_crosses_a_mask_of_zeros() -> None:
+    x = torch.randn(2, 5, 4, dtype=torch.float64)
+    model = unsettled(Masked(0.0))
+    folded, report = ns.fold(model, inputs=(x,))
+    assert [step.options for step in report.plan.steps] == [{"affine": False}]
+    assert relative(folded(x), model(x)) < BOUND
+
+
+@pytest.mark.parametrize("model", [Masked(1.0), Masked(0.0, bias=True)])
+def test_nothing_crosses_a_mask_of_ones_and_no_shift_one_of_zeros(model: nn.Module) -> None:
+    x = torch.randn(2, 5, 4, dtype=torch.float64)
+    assert not ns.fold(unsettled(model), inputs=(x,))[1].plan.steps

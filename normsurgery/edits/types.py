@@ -24,6 +24,7 @@ class Vector:
         of a per-channel affine function, whose scale is f(1) - f(0) and whose shift is f(0).
     index: element i of the vector is the channel `index[i]`; -1 is neutral (1 or 0). None: as is.
     factor: what the shift is multiplied by.
+    offset: what of the scale a shift has beside: factor * shift + offset * (scale - 1).
     kind: the norm whose spec says what it is in eval, or what comes last in it; without one it is
         `weight + weight_offset` (scale) and `bias` (shift).
     """
@@ -34,6 +35,7 @@ class Vector:
     operations: tuple[Mapping[str, Any], ...] | None = None
     index: tuple[int, ...] | None = None
     factor: float = 1.0
+    offset: float = 0.0
     kind: str = ""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,6 +30,9 @@ def values(vector: Vector, tensors: Mapping[str, Tensor]) -> Tensor:
     plain = _unindexed(vector, tensors)
     if vector.part == "shift":
         plain = plain * vector.factor
+    if vector.offset:
+        scale = _unindexed(replace(vector, part="scale", offset=0.0), tensors)
+        plain = plain + vector.offset * (scale - 1.0)
     if vector.index is None:
         return plain
     _require_inside(vector, plain)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
-from normsurgery.finding.events import SAME_NUMBERS, Event
+from normsurgery.finding.events import Event
 from normsurgery.flow import Flow
 from normsurgery.flow.nodes import (
     arguments,
@@ -26,6 +26,7 @@ from normsurgery.flow.nodes import (
     outputs_of,
     position,
 )
+from normsurgery.flow.operators import SAME_NUMBERS, kind_of
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def events(flow: Flow) -> Iterator[Event]:
         for place, output in enumerate(outputs_of(node)):
             derived = [] if event is not None else [_derive(node, r, place) for r in readings]
             found = {trace.base: trace for trace in derived if trace is not None}
-            if operator(node) not in SAME_NUMBERS or not found:
+            if kind_of(node) not in SAME_NUMBERS or not found:
                 found[output] = Trace(output, constant=is_constant(output))
             traces[output] = {base: found[base] for base in sorted(found, key=position)[-_KEPT:]}
 
@@ -151,7 +152,7 @@ def _derive(node: fx.Node, operands: _Operands, place: int) -> Trace | None:
     if not operands.traces:
         return None
     first = operands.traces[0]
-    if name in SAME_NUMBERS or name in _KEEPS_DEGREE:
+    if kind_of(node) in SAME_NUMBERS or name in _KEEPS_DEGREE:
         return first
     if name in _MEANS:
         return replace(first, reduced=True, second=first.second or first.degree == 2.0)

@@ -12,18 +12,17 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from normsurgery.errors import NormsurgeryError
-from normsurgery.finding.events import SAME_NUMBERS, Event, parameter_name, plain
+from normsurgery.finding.events import Event, parameter_name, plain
 from normsurgery.finding.proof import Proof, prove
 from normsurgery.flow import ModuleCall
 from normsurgery.flow.calls import values_in
 from normsurgery.flow.nodes import (
     arguments,
     frames,
-    in_order,
     inputs_of,
     is_constant,
-    maker,
     name_of,
+    operations_between,
     operator,
     outputs_of,
     position,
@@ -31,6 +30,7 @@ from normsurgery.flow.nodes import (
     tensor,
     users_of,
 )
+from normsurgery.flow.operators import SAME_NUMBERS, kind_of
 from normsurgery.numerics.precision import float64_copy, lifted
 from normsurgery.spec import specs
 from normsurgery.treecopy import tree_copy
@@ -264,15 +264,18 @@ def _starts(event: Event) -> list[fx.Node]:
         while queue:
             found.append(queue.pop(0))
             for node in users_of(found[-1]):
-                if operator(node) in SAME_NUMBERS and outputs_of(node) and position(node) < first:
+                if kind_of(node) in SAME_NUMBERS and outputs_of(node) and position(node) < first:
                     queue.append(outputs_of(node)[0])
     return found
 
 
 def _region(start: fx.Node, output: fx.Node, module: nn.Module) -> Region | None:
-    operations, tensors = _slice(start, output)
+    operations = operations_between(start, output)
+    if operations is None:
+        raise NotProven("its output depends on another input as well")
     if shape(output) != shape(start):
         return None
+    tensors = _tensors_read(operations)
     run = _region_run(start, output, operations)
     proof = _try(run, shape(start), tensors, _small_numbers(operations, module), (False,))
     return Region(start, output, operations, proof) if proof is not None else None
@@ -292,7 +295,7 @@ def _outputs(event: Event) -> list[fx.Node]:
 
 def _extends(node: fx.Node) -> bool:
     name = operator(node)
-    if name in SAME_NUMBERS:
+    if kind_of(node) in SAME_NUMBERS:
         return True
     varying = [value for value in inputs_of(node) if not is_constant(value)]
     arithmetic = name in ("aten::mul", "aten::add", "aten::sub", "aten::div", "aten::addcmul")
@@ -305,25 +308,11 @@ def _same_forward(node: fx.Node, event: Event) -> bool:
     return frames(node)[0].module is event.frames[0].module
 
 
-def _slice(start: fx.Node, output: fx.Node) -> tuple[tuple[fx.Node, ...], dict[str, Tensor]]:
-    """The operations between two values, and the named tensors they read."""
-    needed: set[fx.Node] = set()
-    tensors: dict[str, Tensor] = {}
-    queue = [output]
-    while queue:
-        value = queue.pop()
-        if value is start:
-            continue
-        made_by, name = maker(value), name_of(value)
-        if made_by is not None:
-            if made_by not in needed:
-                needed.add(made_by)
-                queue.extend(inputs_of(made_by))
-        elif not is_constant(value):
-            raise NotProven("its output depends on another input as well")
-        elif name is not None and tensor(value).is_floating_point():
-            tensors[name] = tensor(value)
-    return in_order(needed), tensors
+def _tensors_read(operations: Sequence[fx.Node]) -> dict[str, Tensor]:
+    """The named floating tensors that the operations read."""
+    read = (value for node in operations for value in inputs_of(node) if value.op == "get_attr")
+    named = {name: tensor(value) for value in read if (name := name_of(value)) is not None}
+    return {name: held for name, held in named.items() if held.is_floating_point()}
 
 
 def _region_run(

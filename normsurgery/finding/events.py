@@ -9,39 +9,8 @@ from typing import Any
 from torch import fx
 
 from normsurgery.flow import FrameRecord
-from normsurgery.flow.nodes import inputs_of, maker, name_of, operator
-
-# Operations that hand on the same numbers: another type, layout or shape.
-SAME_NUMBERS = frozenset(
-    f"aten::{name}"
-    for name in (
-        "_reshape_copy",
-        "_to_copy",
-        "_unsafe_view",
-        "alias",
-        "clone",
-        "contiguous",
-        "detach",
-        "expand",
-        "expand_as",
-        "flatten",
-        "lift",
-        "lift_fresh",
-        "movedim",
-        "permute",
-        "positive",
-        "reshape",
-        "squeeze",
-        "swapaxes",
-        "t",
-        "to",
-        "transpose",
-        "unflatten",
-        "unsqueeze",
-        "view",
-        "view_as",
-    )
-)
+from normsurgery.flow.nodes import inputs_of, maker, name_of
+from normsurgery.flow.operators import SAME_NUMBERS, kind_of
 
 
 @dataclass(frozen=True)
@@ -72,7 +41,7 @@ class Event:
 def plain(value: fx.Node) -> fx.Node:
     """The value before casts and changes of layout or shape."""
     while (made_by := maker(value)) is not None:
-        if operator(made_by) not in SAME_NUMBERS or not inputs_of(made_by):
+        if kind_of(made_by) not in SAME_NUMBERS or not inputs_of(made_by):
             return value
         value = inputs_of(made_by)[0]
     return value

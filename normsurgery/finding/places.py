@@ -8,16 +8,15 @@ from typing import Any
 from torch import fx, nn
 
 from normsurgery.finding.by_type import all_paths
-from normsurgery.finding.events import SAME_NUMBERS
 from normsurgery.flow import Flow
 from normsurgery.flow.nodes import (
     arguments,
     module_of,
-    operator,
     outputs_of,
     shape,
     users_of,
 )
+from normsurgery.flow.operators import SAME_NUMBERS, Kind, activation_of, kind_of
 from normsurgery.survey import Site
 
 LAYERS: Mapping[type[nn.Module], str] = {
@@ -30,41 +29,8 @@ LAYERS: Mapping[type[nn.Module], str] = {
     nn.ConvTranspose3d: "convtranspose3d",
 }
 
-ACTIVATIONS: Mapping[str, str] = {
-    f"aten::{name}": name
-    for name in (
-        "celu",
-        "elu",
-        "gelu",
-        "hardsigmoid",
-        "hardswish",
-        "hardtanh",
-        "leaky_relu",
-        "log_sigmoid",
-        "mish",
-        "relu",
-        "selu",
-        "sigmoid",
-        "silu",
-        "softplus",
-        "softsign",
-        "tanh",
-    )
-}
-
 # What the gate of a neuron may lie behind: it changes no sign pattern of its own.
-_BETWEEN = frozenset(
-    {
-        "aten::add",
-        "aten::native_batch_norm",
-        "aten::_native_batch_norm_legit",
-        "aten::_native_batch_norm_legit_no_training",
-        "aten::native_group_norm",
-        "aten::native_layer_norm",
-        "aten::native_dropout",
-        "aten::mul",
-    }
-)
+_BETWEEN = SAME_NUMBERS | {Kind.ADD, Kind.NORM, Kind.DROPOUT, Kind.SCALE}
 
 
 def layer_sites(model: nn.Module, recording: Flow | None, attach: Any) -> Iterator[Site]:
@@ -121,12 +87,12 @@ def _gate(recording: Flow, value: fx.Node) -> dict[str, Any] | None:
     while steps < 32:
         steps += 1
         following = [node for node in users_of(value) if outputs_of(node)]
-        active = next((node for node in following if _activation(node)), None)
+        active = next((node for node in following if activation_of(node)), None)
         if active is not None:
             leaf = module_of(active)
             is_leaf = leaf is not None and not any(True for _ in leaf.parameters())
             return {
-                "activation": _activation(active),
+                "activation": activation_of(active),
                 "arguments": [
                     a
                     for a in (*arguments(active)[1:], *active.kwargs.values())
@@ -138,7 +104,7 @@ def _gate(recording: Flow, value: fx.Node) -> dict[str, Any] | None:
         onward = next((node for node in following if _passes(node, size)), None)
         if onward is None:
             return None
-        direct = direct and operator(onward) in SAME_NUMBERS
+        direct = direct and kind_of(onward) in SAME_NUMBERS
         value = outputs_of(onward)[0]
     return None
 
@@ -147,7 +113,7 @@ def absorbable(recording: Flow, values: Sequence[fx.Node]) -> str | None:
     """The activation module that alone reads these values and that reads nothing else, by path."""
     following = [node for value in values for node in users_of(value)]
     around = [module for node in following if (module := module_of(node)) is not None]
-    if len(around) < len(following) or not all(map(_activation, following)):
+    if len(around) < len(following) or not all(map(activation_of, following)):
         return None
     modules = {id(module): module for module in around}
     calls = [call for call in recording.module_calls if id(call.module) in modules]
@@ -159,10 +125,5 @@ def absorbable(recording: Flow, values: Sequence[fx.Node]) -> str | None:
     return recording.path(module) if plain and recording.returned.isdisjoint(values) else None
 
 
-def _activation(node: fx.Node) -> str | None:
-    return ACTIVATIONS.get(operator(node))
-
-
 def _passes(node: fx.Node, size: tuple[int, ...]) -> bool:
-    known = operator(node) in SAME_NUMBERS or operator(node) in _BETWEEN
-    return known and shape(outputs_of(node)[0]) == size
+    return kind_of(node) in _BETWEEN and shape(outputs_of(node)[0]) == size

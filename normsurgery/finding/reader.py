@@ -21,7 +21,7 @@ from normsurgery.finding.candidates import (
 )
 from normsurgery.finding.casts import cast_order
 from normsurgery.finding.counters import counter
-from normsurgery.finding.events import SAME_NUMBERS, Event, plain
+from normsurgery.finding.events import Event, plain
 from normsurgery.finding.places import absorbable
 from normsurgery.finding.proof import Proof
 from normsurgery.flow import Flow, ModuleCall
@@ -38,6 +38,7 @@ from normsurgery.flow.nodes import (
     users_of,
 )
 from normsurgery.flow.operations import as_data
+from normsurgery.flow.operators import SAME_NUMBERS, kind_of
 from normsurgery.survey import Site, Skip
 
 Key = tuple[Any, ...]
@@ -135,7 +136,7 @@ class Reader:
     def _consumers(self, value: fx.Node) -> list[str]:
         found: list[str] = []
         for node in users_of(value):
-            if operator(node) in SAME_NUMBERS and outputs_of(node):
+            if kind_of(node) in SAME_NUMBERS and outputs_of(node):
                 found.extend(self._consumers(outputs_of(node)[0]))
             else:
                 found.append(self._place(node) or operator(node))

@@ -33,6 +33,7 @@ from normsurgery.flow.nodes import (
     users_of,
     writes,
 )
+from normsurgery.flow.operators import VIEWS, Kind, kind_of
 from normsurgery.inputs import flatten_outputs
 from normsurgery.treecopy import tensors_of
 
@@ -206,7 +207,8 @@ class Flow:
             return None
         steps: list[fx.Node] = []
         while (node := maker(value)) is not None:
-            if operator(node) not in _VIEWS | _PARTS or not inputs_of(node):
+            seen = kind_of(node) in VIEWS or operator(node) in _PARTS
+            if not seen or not inputs_of(node):
                 return None
             steps.append(node)
             value = inputs_of(node)[0]
@@ -237,23 +239,6 @@ class Flow:
         return self._names.get(_memory(held), ())
 
 
-_SAME = frozenset(
-    f"aten::{name}"
-    for name in ("_to_copy", "alias", "clone", "contiguous", "detach", "lift_fresh", "to")
-)
-_RESHAPES = frozenset(
-    f"aten::{name}"
-    for name in (
-        "_reshape_alias",
-        "_unsafe_view",
-        "flatten",
-        "reshape",
-        "squeeze",
-        "unsqueeze",
-        "view",
-    )
-)
-_VIEWS = _SAME | _RESHAPES | {"aten::t", "aten::transpose", "aten::permute"}
 _PARTS = frozenset({"aten::slice", "aten::narrow"})
 
 
@@ -272,7 +257,7 @@ def permutation(node: fx.Node, rank: int) -> tuple[int, ...] | None:
 
 
 def _moved(node: fx.Node, axes: tuple[int | None, ...]) -> tuple[int | None, ...] | None:
-    if operator(node) in _SAME | _PARTS:
+    if kind_of(node) is Kind.SAME or operator(node) in _PARTS:
         return axes
     order = permutation(node, len(axes))
     if order is not None:

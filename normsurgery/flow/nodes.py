@@ -124,6 +124,24 @@ def argument(operation: fx.Node, place: int, name: str, default: Any = None) -> 
     return operation.kwargs.get(name, default)
 
 
+def operations_between(start: fx.Node, end: fx.Node) -> tuple[fx.Node, ...] | None:
+    """The operations that make `end` of `start`, those on constants too; None where it is not made
+    of it, or of another input as well."""
+    found: set[fx.Node] = set()
+    queue, reached = [end], False
+    while queue:
+        value = queue.pop()
+        made_by = maker(value)
+        if value is start:
+            reached = True
+        elif made_by is not None and made_by not in found:
+            found.add(made_by)
+            queue.extend(inputs_of(made_by))
+        elif made_by is None and not is_constant(value):
+            return None
+    return in_order(found) if reached else None
+
+
 # --- trees of arguments -------------------------------------------------------------------------
 
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, fx
 
 from normsurgery.flow.nodes import (
-    argument,
     inputs_of,
     is_constant,
     maker,
@@ -19,28 +18,23 @@ from normsurgery.flow.nodes import (
     outputs_of,
     shape,
 )
-from normsurgery.folding.channels import NEUTRAL, backwards, forwards, moves, squeezed, varies
+from normsurgery.flow.operators import Kind, kind_of
+from normsurgery.folding.channels import NEUTRAL
 from normsurgery.folding.checks import Check
+from normsurgery.folding.crossings import (
+    Crossing,
+    crossing,
+    crossings,
+    picks,
+    require_shift_crosses,
+    why_not,
+)
 from normsurgery.folding.ground import Affine, Ground, Landing, Refused, Run
 from normsurgery.folding.landings import (
-    EMBEDDING,
     is_layer,
     on_constant,
     on_output,
     on_rows,
-)
-from normsurgery.folding.linearity import (
-    AVERAGES,
-    GATHERS,
-    PADDINGS,
-    averaged_backwards,
-    averages_evenly,
-    gathered_axes,
-    number_of,
-    padded_axes,
-    pads_with_values,
-    picks,
-    why_not,
 )
 from normsurgery.folding.merged_layers import on_merged_output, on_merged_residual
 from normsurgery.folding.norm_landings import on_norm_output
@@ -73,8 +67,6 @@ class Backward:
         if absorbed is not None:
             self.ground.require_only(value, readers)
             return [absorbed]
-        if moves(node):
-            return self._moved(node, value, readers, channels, affine)
         self.ground.require_only(value, readers)
         return self._made(node, value, channels, affine)
 
@@ -94,9 +86,16 @@ class Backward:
     ) -> list[Landing]:
         if is_layer(self.ground, node):
             return [on_output(self.ground, node, channels, affine)]
-        if operator(node) == EMBEDDING and is_constant(inputs_of(node)[0]):
+        if kind_of(node) is Kind.TABLE and is_constant(inputs_of(node)[0]):
             return [on_rows(self.ground, node, channels, affine)]
-        step = _STEPS.get(operator(node))
+        across = crossings(node)
+        if across:
+            return [
+                landing
+                for found in across
+                for landing in self._crossed(found, node, value, channels, affine)
+            ]
+        step = _STEPS.get(kind_of(node))
         if step is None:
             name = operator(node).removeprefix("aten::")
             raise Refused(why_not(node), f"{name} in {self.ground.path(node)}")
@@ -111,28 +110,22 @@ class Backward:
 
     # --- one kind of node each ------------------------------------------------------------------
 
-    def _moved(
-        self,
-        node: fx.Node,
-        value: fx.Node,
-        readers: Sequence[fx.Node],
-        channels: Tensor,
-        affine: Affine,
+    def _crossed(
+        self, found: Crossing, node: fx.Node, value: fx.Node, channels: Tensor, affine: Affine
     ) -> list[Landing]:
-        self.ground.require_only(value, readers)
-        found = backwards(node, channels, value)
-        if found is None:
-            raise Refused(Check.AXIS, f"{self.ground.path(node)} mixes the channels with others")
-        source = inputs_of(node)[0]
+        own = found.before(channels, value)
+        if own is None:
+            raise Refused(Check.AXIS, f"{self.ground.path(node)} {found.mixes}")
+        require_shift_crosses(self.ground, found, node, affine)
         # Other parts of the same tensor may be read: they stay as they are.
-        parts = [n for n in self.flow.readers(source) if n is node]
-        if picks(node) and bool((found == NEUTRAL).any()):
-            parts += self._untouched(node, source, found)
-        elif len(outputs_of(node)) > 1:
+        parts = [node]
+        if picks(node) and bool((own == NEUTRAL).any()):
+            parts += self._untouched(node, found.source, own)
+        else:
             for other in outputs_of(node):
                 if other is not value:
                     self.ground.require_only(other, ())
-        return self.producers(source, parts, found, affine)
+        return self.producers(found.source, parts, own, affine.less(found.added).over(found.factor))
 
     def _untouched(self, node: fx.Node, source: fx.Node, channels: Tensor) -> list[fx.Node]:
         """The readers of the source that pick only what stays neutral."""
@@ -140,14 +133,17 @@ class Backward:
         for reader in self.flow.readers(source):
             if reader is node or not picks(reader):
                 continue
-            seen = [forwards(reader, channels, output) for output in outputs_of(reader)]
+            part = crossing(reader)
+            made = outputs_of(reader) if part is not None else ()
+            seen = [part.after(channels, output) for output in made if part is not None]
             if all(part is not None and bool((part == NEUTRAL).all()) for part in seen):
                 found.append(reader)
         return found
 
     def _sum(self, node: fx.Node, channels: Tensor, affine: Affine) -> list[Landing]:
         """scale * (a + b) + shift: both are scaled, one of them is shifted."""
-        if node.kwargs.get("alpha", 1) != 1 or len(inputs_of(node)) != 2:
+        plain = operator(node) == "aten::add" and node.kwargs.get("alpha", 1) == 1
+        if not plain or len(inputs_of(node)) != 2:
             raise Refused(Check.UNKNOWN, f"{self.ground.path(node)} adds a number or a multiple")
         residual = on_merged_residual(self.ground, node, channels, affine)
         if residual is not None:
@@ -175,53 +171,6 @@ class Backward:
             raise Refused(Check.AXIS, f"{self.ground.path(node)} repeats one channel over all")
         return self.producers(value, (node,), own, affine)
 
-    def _cat(self, node: fx.Node, channels: Tensor, affine: Affine) -> list[Landing]:
-        """Each part takes up what belongs to it."""
-        axis = int(argument(node, 1, "dim", 0)) % channels.dim()
-        landings: list[Landing] = []
-        start = 0
-        for part in inputs_of(node):
-            size = shape(part)[axis]
-            if size == 0:
-                continue
-            own = channels.narrow(axis, start, size) if varies(channels, axis) else channels
-            start += size
-            landings += self.producers(part, (node,), squeezed(own), affine)
-        return landings
-
-    def _average(self, node: fx.Node, channels: Tensor, affine: Affine) -> list[Landing]:
-        source = inputs_of(node)[0]
-        found = averaged_backwards(node, channels, shape(source))
-        if found is None:
-            raise Refused(Check.AXIS, f"{self.ground.path(node)} averages over the channels")
-        if affine.shift is not None and not averages_evenly(node):
-            raise Refused(
-                Check.ZERO_PADDING, f"{self.ground.path(node)} averages zeros in at the border"
-            )
-        return self.producers(source, (node,), found, affine)
-
-    def _padded(self, node: fx.Node, channels: Tensor, affine: Affine) -> list[Landing]:
-        axes = padded_axes(node, channels.dim())
-        if affine.shift is not None and axes and not pads_with_values(node):
-            raise Refused(Check.ZERO_PADDING, f"{self.ground.path(node)} pads with a constant")
-        if any(varies(channels, axis) for axis in axes):
-            raise Refused(Check.AXIS, f"{self.ground.path(node)} pads the channels")
-        return self.producers(inputs_of(node)[0], (node,), channels, affine)
-
-    def _gathered(self, node: fx.Node, channels: Tensor, affine: Affine) -> list[Landing]:
-        axes = gathered_axes(node)
-        if axes is None or any(varies(channels, axis) for axis in axes):
-            raise Refused(Check.AXIS, f"{self.ground.path(node)} gathers channels")
-        return self.producers(inputs_of(node)[0], (node,), channels, affine)
-
-    def _times(self, node: fx.Node, channels: Tensor, affine: Affine) -> list[Landing]:
-        if len(inputs_of(node)) > 1:
-            return self._scaled(node, channels, affine)
-        number = number_of(node)
-        if not number:
-            raise Refused(Check.NON_LINEAR, f"{self.ground.path(node)} multiplies by {number}")
-        return self.producers(inputs_of(node)[0], (node,), channels, affine.over(number))
-
     def _scaled(self, node: fx.Node, channels: Tensor, affine: Affine) -> list[Landing]:
         """A learned scale in between: it takes up the scale, and hands no shift on."""
         weights = [v for v in inputs_of(node) if is_constant(v)]
@@ -236,13 +185,7 @@ class Backward:
 
 
 Step = Callable[[Backward, fx.Node, Tensor, Affine], list[Landing]]
-_STEPS: dict[str, Step] = {
-    "aten::add": Backward._sum,
-    "aten::cat": Backward._cat,
-    "aten::mul": Backward._times,
-    "aten::div": Backward._times,
-    "aten::neg": Backward._times,
-    **dict.fromkeys(AVERAGES, Backward._average),
-    **dict.fromkeys(PADDINGS, Backward._padded),
-    **dict.fromkeys(GATHERS, Backward._gathered),
+_STEPS: dict[Kind | None, Step] = {
+    Kind.ADD: Backward._sum,
+    Kind.SCALE: Backward._scaled,
 }

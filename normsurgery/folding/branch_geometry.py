@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from normsurgery.flow.nodes import arguments, operator, shape
+from normsurgery.flow.operators import CONVOLUTION
 from normsurgery.folding.checks import Check
 from normsurgery.folding.ground import Ground, Refused
 from normsurgery.folding.kernels import Geometry, Sizes, room_for
-from normsurgery.folding.landings import CONVOLUTION
 
 if TYPE_CHECKING:
     from normsurgery.folding.parallel_branches import Branch

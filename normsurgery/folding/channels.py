@@ -8,22 +8,8 @@ the same operation on this small tensor.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
-from torch import Tensor, fx
-
-from normsurgery.flow.flow import permutation
-from normsurgery.flow.nodes import (
-    argument,
-    arguments,
-    inputs_of,
-    operator,
-    outputs_of,
-    shape,
-    tensor,
-)
+from torch import Tensor
 
 NEUTRAL = -1
 Shape = tuple[int, ...]
@@ -96,155 +82,16 @@ def _only(rank: int, axis: int, size: int) -> list[int]:
     return [size if place == axis else 1 for place in range(rank)]
 
 
-# --- one node ---------------------------------------------------------------------------------
-
-SAME = frozenset(
-    f"aten::{name}"
-    for name in ("alias", "clone", "contiguous", "detach", "lift_fresh", "positive", "_to_copy")
-)
-RESHAPES = frozenset(
-    f"aten::{name}"
-    for name in (
-        "_reshape_alias",
-        "_reshape_copy",
-        "_unsafe_view",
-        "flatten",
-        "reshape",
-        "squeeze",
-        "unflatten",
-        "unsqueeze",
-        "view",
-        "view_as",
-    )
-)
-PERMUTES = frozenset({"aten::t", "aten::transpose", "aten::permute"})
-SLICES = frozenset({"aten::slice", "aten::select", "aten::split", "aten::split_with_sizes",
-                    "aten::chunk", "aten::unbind", "aten::narrow"})  # fmt: skip
-
-
-REPEATS = frozenset({"aten::expand", "aten::repeat"})
-
-
-def moves(node: fx.Node) -> bool:
-    """Whether the node only moves, drops or repeats the elements of its first input."""
-    known = SAME | RESHAPES | PERMUTES | SLICES | REPEATS | {"aten::channel_shuffle"}
-    return bool(inputs_of(node)) and (operator(node) in known or _restrides(node))
-
-
-def _restrides(node: fx.Node) -> bool:
-    """`as_strided` that changes nothing but the strides of dimensions of size one."""
-    if operator(node) != "aten::as_strided":
-        return False
-    source = inputs_of(node)[0]
-    if shape(source) != shape(outputs_of(node)[0]):
-        return False
-    pairs = zip(shape(source), tensor(source).stride(), arguments(node)[2], strict=True)
-    return all(size == 1 or old == new for size, old, new in pairs)
-
-
-def forwards(node: fx.Node, channels: Tensor, output: fx.Node) -> Tensor | None:
-    """The channels of an output of a node that `moves`, from those of its input."""
-    before, after = shape(inputs_of(node)[0]), shape(output)
-    if operator(node) in SAME or operator(node) == "aten::as_strided":
-        return channels
-    if operator(node) in RESHAPES:
-        return reshaped(channels, before, after)
-    if operator(node) in PERMUTES:
-        order = permutation(node, len(before))
-        return None if order is None else channels.permute(order)
-    if operator(node) in REPEATS:
-        return _repeated(channels, before, after)
-    return _replayed(node, channels, before, output)
-
-
-def backwards(node: fx.Node, channels: Tensor, output: fx.Node) -> Tensor | None:
-    """The channels of the input of a node that `moves`, from those of one of its outputs.
-
-    Elements of the input that do not reach the output are NEUTRAL. None where one element of the
-    input would need two channels.
-    """
-    before, after = shape(inputs_of(node)[0]), shape(output)
-    if operator(node) in SAME or operator(node) == "aten::as_strided":
-        return channels
-    if operator(node) in RESHAPES:
-        return reshaped(channels, after, before)
-    if operator(node) in PERMUTES:
-        order = permutation(node, len(before))
-        if order is None:
-            return None
-        return channels.permute([order.index(axis) for axis in range(len(order))])
-    if operator(node) in REPEATS:
-        return _unrepeated(channels, before, after)
-    return _scattered(node, channels, before, output)
-
-
-def whole_before(node: fx.Node, channels: Tensor) -> Tensor | None:
-    """The channels of all of what a node slices along another axis than theirs; None elsewhere."""
-    if operator(node) not in SLICES:
-        return None
-    rank = len(shape(inputs_of(node)[0]))
-    axis = _axis(node, rank)
-    full = channels if channels.dim() == rank else channels.unsqueeze(axis)
-    return None if varies(full, axis) else full
-
-
-def _replayed(node: fx.Node, channels: Tensor, before: Shape, output: fx.Node) -> Tensor:
-    """The node itself, run on the channels; only the axis it works on is written out."""
-    return squeezed(_run(node, _written_out(node, channels, before), output))
-
-
-def _scattered(node: fx.Node, channels: Tensor, before: Shape, output: fx.Node) -> Tensor:
-    """Run on the numbers of the elements, the node tells where each element of the output was."""
-    axis = _axis(node, len(before))
-    places = _run(node, along_axis(before, axis), output)
-    # A selected dimension is gone from the output, and the channels do not depend on it.
-    full = channels if channels.dim() == len(before) else channels.unsqueeze(axis)
-    sizes = list(full.shape)
-    sizes[axis] = before[axis]
-    found = torch.full(sizes, NEUTRAL)
-    found.index_copy_(axis, places.reshape(-1), _sized(full, axis, places.numel()))
-    return squeezed(found)
-
-
-def _sized(channels: Tensor, axis: int, size: int) -> Tensor:
-    sizes = list(channels.shape)
-    sizes[axis] = size
-    return channels.expand(sizes)
-
-
-def _axis(node: fx.Node, rank: int) -> int:
-    """The axis that a slicing node works on."""
-    if operator(node) == "aten::channel_shuffle":
-        return 1
-    place = (
-        1
-        if operator(node) in ("aten::slice", "aten::select", "aten::unbind", "aten::narrow")
-        else 2
-    )
-    return int(argument(node, place, "dim", 0)) % rank
-
-
-def _written_out(node: fx.Node, channels: Tensor, before: Shape) -> Tensor:
-    axis = _axis(node, len(before))
-    return _sized(channels, axis, before[axis])
-
-
-def _run(node: fx.Node, numbers: Tensor, output: fx.Node) -> Tensor:
-    function: Any = node.target
-    result: Tensor | Sequence[Tensor] = function(numbers, *node.args[1:], **node.kwargs)
-    if isinstance(result, Tensor):
-        return result
-    return list(result)[outputs_of(node).index(output)]
-
-
-def _repeated(channels: Tensor, before: Shape, after: Shape) -> Tensor | None:
+def repeated(channels: Tensor, before: Shape, after: Shape) -> Tensor | None:
+    """The channels of a value that is expanded or repeated from `before` to `after`."""
     inserted = len(after) - len(before)
     if any(channels.shape[a] != 1 and before[a] != after[a + inserted] for a in range(len(before))):
         return None
     return channels.reshape([1] * inserted + list(channels.shape))
 
 
-def _unrepeated(channels: Tensor, before: Shape, after: Shape) -> Tensor | None:
+def unrepeated(channels: Tensor, before: Shape, after: Shape) -> Tensor | None:
+    """The channels of what a value was expanded or repeated from."""
     inserted = len(after) - len(before)
     for axis in range(len(after)):
         repeated = axis < inserted or before[axis - inserted] != after[axis]

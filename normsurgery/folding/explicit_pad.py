@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, fx
 
 from normsurgery.flow.nodes import argument, arguments, module_of, operator, outputs_of, shape
+from normsurgery.flow.operators import CONVOLUTION
 from normsurgery.folding.channel_pad import CONVOLUTIONS
 from normsurgery.folding.checks import Check
 from normsurgery.folding.ground import (
@@ -22,7 +23,7 @@ from normsurgery.folding.ground import (
     Refused,
     is_torch_layer,
 )
-from normsurgery.folding.landings import CONVOLUTION, layer, on_input
+from normsurgery.folding.landings import layer, on_input
 from normsurgery.folding.merged_layers import on_merged_input
 
 PADDING, TRANSPOSED = 4, 6  # places among the arguments of a convolution

@@ -7,27 +7,18 @@ layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import product
 
 from torch import Tensor, fx
 
-from normsurgery.flow.nodes import argument, inputs_of, operator, outputs_of, shape
-from normsurgery.folding.channels import NEUTRAL, forwards, moves, squeezed, varies
+from normsurgery.flow.nodes import inputs_of, operator, outputs_of, shape
+from normsurgery.flow.operators import Kind, kind_of
+from normsurgery.folding.channels import NEUTRAL
 from normsurgery.folding.checks import Check
+from normsurgery.folding.crossings import Crossing, crossings, require_shift_crosses, why_not
 from normsurgery.folding.ground import Affine, Ground, Landing, Refused
 from normsurgery.folding.landings import is_layer, layer, on_input
-from normsurgery.folding.linearity import (
-    AVERAGES,
-    GATHERS,
-    PADDINGS,
-    averaged_forwards,
-    averages_evenly,
-    gathered_axes,
-    number_of,
-    padded_axes,
-    pads_with_values,
-    why_not,
-)
 from normsurgery.folding.merged_layers import on_merged_input
 from normsurgery.folding.norm_landings import on_norm_input
 
@@ -76,92 +67,43 @@ class Forward:
             if layer(self.ground, node).input is not value:
                 raise Refused(Check.UNKNOWN, f"{self.ground.path(node)} multiplies with it")
             return [on_input(self.ground, node, channels, affine)]
-        if moves(node) and inputs_of(node)[0] is value:
-            return self._moved(node, channels, affine)
-        step = _STEPS.get(operator(node))
+        across = crossings(node)
+        if across:
+            return self._crossed(across, node, value, channels, affine)
+        step = _STEPS.get(kind_of(node))
         if step is None:
             name = operator(node).removeprefix("aten::")
             raise Refused(why_not(node), f"{name} in {self.ground.path(node)}")
         return step(self, node, value, channels, affine)
 
-    def _moved(self, node: fx.Node, channels: Tensor, affine: Affine) -> list[Landing]:
+    def _crossed(
+        self,
+        across: Sequence[Crossing],
+        node: fx.Node,
+        value: fx.Node,
+        channels: Tensor,
+        affine: Affine,
+    ) -> list[Landing]:
+        read = [found for found in across if found.source is value]
+        if not read:
+            raise Refused(Check.UNKNOWN, f"{self.ground.path(node)} does not hand it on")
         landings: list[Landing] = []
-        for output in outputs_of(node):
-            found = forwards(node, channels, output)
-            if found is None:
-                raise Refused(
-                    Check.AXIS, f"{self.ground.path(node)} mixes the channels with others"
-                )
-            landings += self.consumers(output, found, affine)
+        for found, output in product(read, outputs_of(node)):
+            require_shift_crosses(self.ground, found, node, affine)
+            own = found.after(channels, output)
+            if own is None:
+                raise Refused(Check.AXIS, f"{self.ground.path(node)} {found.mixes}")
+            onward = affine.over(1.0 / found.factor).less(-found.added)
+            landings += self.consumers(output, own, onward)
         return landings
-
-    def _cat(
-        self, node: fx.Node, value: fx.Node, channels: Tensor, affine: Affine
-    ) -> list[Landing]:
-        """The other parts stay neutral."""
-        (output,) = outputs_of(node)
-        full = shape(output)
-        axis = int(argument(node, 1, "dim", 0)) % len(full)
-        sizes = list(channels.shape)
-        sizes[axis] = full[axis]
-        found = channels.new_full(sizes, NEUTRAL)
-        start = 0
-        for part in inputs_of(node):
-            size = shape(part)[axis]
-            if part is value and size:
-                spread = list(channels.shape)
-                spread[axis] = size
-                found.narrow(axis, start, size).copy_(channels.expand(spread))
-            start += size
-        return self.consumers(output, squeezed(found), affine)
-
-    def _average(
-        self, node: fx.Node, value: fx.Node, channels: Tensor, affine: Affine
-    ) -> list[Landing]:
-        (output,) = outputs_of(node)
-        found = averaged_forwards(node, channels, shape(output))
-        if found is None:
-            raise Refused(Check.AXIS, f"{self.ground.path(node)} averages over the channels")
-        if affine.shift is not None and not averages_evenly(node):
-            raise Refused(
-                Check.ZERO_PADDING, f"{self.ground.path(node)} averages zeros in at the border"
-            )
-        return self.consumers(output, found, affine)
-
-    def _padded(
-        self, node: fx.Node, value: fx.Node, channels: Tensor, affine: Affine
-    ) -> list[Landing]:
-        axes = padded_axes(node, channels.dim())
-        if affine.shift is not None and axes and not pads_with_values(node):
-            raise Refused(Check.ZERO_PADDING, f"{self.ground.path(node)} pads with a constant")
-        if any(varies(channels, axis) for axis in axes):
-            raise Refused(Check.AXIS, f"{self.ground.path(node)} pads the channels")
-        return self.consumers(outputs_of(node)[0], channels, affine)
-
-    def _gathered(
-        self, node: fx.Node, value: fx.Node, channels: Tensor, affine: Affine
-    ) -> list[Landing]:
-        axes = gathered_axes(node) if inputs_of(node)[0] is value else None
-        if axes is None or any(varies(channels, axis) for axis in axes):
-            raise Refused(Check.AXIS, f"{self.ground.path(node)} gathers channels")
-        return self.consumers(outputs_of(node)[0], channels, affine)
-
-    def _times(
-        self, node: fx.Node, value: fx.Node, channels: Tensor, affine: Affine
-    ) -> list[Landing]:
-        if len(inputs_of(node)) == 2:
-            return self._product(node, value, channels, affine)
-        number = number_of(node)
-        if not number:
-            raise Refused(Check.NON_LINEAR, f"a product in {self.ground.path(node)}")
-        return self.consumers(outputs_of(node)[0], channels, affine.over(1.0 / number))
 
     def _product(
         self, node: fx.Node, value: fx.Node, channels: Tensor, affine: Affine
     ) -> list[Landing]:
         """(scale * x) * g is scale * (x * g), whatever g is, as long as it stays what it is."""
         divided = operator(node) == "aten::div" and inputs_of(node)[0] is not value
-        if affine.shift is not None or divided or node in self.products:
+        single = len(inputs_of(node)) != 2 or node in self.products
+        if affine.shift is not None or divided or single:
             raise Refused(Check.NON_LINEAR, f"a product in {self.ground.path(node)}")
         self.products.add(node)
         (output,) = outputs_of(node)
@@ -178,14 +120,7 @@ class Forward:
 
 
 Step = Callable[[Forward, fx.Node, fx.Node, Tensor, Affine], list[Landing]]
-_STEPS: dict[str, Step] = {
-    "aten::add": Forward._added,
-    "aten::sub": Forward._added,
-    "aten::cat": Forward._cat,
-    "aten::mul": Forward._times,
-    "aten::div": Forward._times,
-    "aten::neg": Forward._times,
-    **dict.fromkeys(AVERAGES, Forward._average),
-    **dict.fromkeys(PADDINGS, Forward._padded),
-    **dict.fromkeys(GATHERS, Forward._gathered),
+_STEPS: dict[Kind | None, Step] = {
+    Kind.ADD: Forward._added,
+    Kind.SCALE: Forward._product,
 }

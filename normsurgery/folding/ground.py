@@ -80,7 +80,16 @@ class Affine:
         """In front of a multiplication with a number: the shift is divided by it."""
         if self.shift is None:
             return self
-        return Affine(self.scale, replace(self.shift, factor=self.shift.factor / number))
+        factor, offset = self.shift.factor / number, self.shift.offset / number
+        return Affine(self.scale, replace(self.shift, factor=factor, offset=offset))
+
+    def less(self, number: float) -> Affine:
+        """In front of an addition of a number: scale * (y + c) + shift is scale * y + shift +
+        c * (scale - 1), and c."""
+        if not number or self.scale is None:
+            return self
+        shift = self.shift or replace(self.scale, part="shift", factor=0.0)
+        return Affine(self.scale, replace(shift, offset=shift.offset + number))
 
 
 @dataclass(frozen=True)

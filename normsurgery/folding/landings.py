@@ -18,22 +18,12 @@ from normsurgery.flow.nodes import (
     position,
     shape,
 )
-from normsurgery.folding.channels import moves, vector
+from normsurgery.flow.operators import CONVOLUTION, LAYER_ARGUMENTS
+from normsurgery.folding.channels import vector
 from normsurgery.folding.checks import Check
+from normsurgery.folding.crossings import moves
 from normsurgery.folding.ground import Affine, Ground, Landing, Refused, is_torch_layer
 from normsurgery.rewriting.owner.biases import bias_name, read_by, weight_without_bias
-
-CONVOLUTION = "aten::convolution"
-EMBEDDING = "aten::embedding"
-# name -> places of (input, weight, bias) among the arguments; None: it takes none.
-PRODUCTS: dict[str, tuple[int, int, int | None]] = {
-    "aten::mm": (0, 1, None),
-    "aten::bmm": (0, 1, None),
-    "aten::addmm": (1, 2, 0),
-    "aten::linear": (0, 1, 2),
-    "aten::_grouped_mm": (0, 1, None),
-    "transformers::grouped_mm_fallback": (0, 1, None),
-}
 
 
 @dataclass(frozen=True)
@@ -60,11 +50,9 @@ class Layer:
 
 def is_layer(ground: Ground, node: fx.Node) -> bool:
     """Whether the node multiplies its input with a constant weight."""
-    if operator(node) == CONVOLUTION:
-        return True
-    places = PRODUCTS.get(operator(node))
-    if places is None:
-        return False
+    places = LAYER_ARGUMENTS.get(operator(node))
+    if places is None or operator(node) == CONVOLUTION:
+        return places is not None
     x, weight = (_ref(node, place) for place in places[:2])
     return x is not None and weight is not None and is_constant(weight)
 
@@ -94,7 +82,7 @@ def _convolution(ground: Ground, node: fx.Node) -> Layer:
 
 
 def _product(ground: Ground, node: fx.Node) -> Layer:
-    places = PRODUCTS[operator(node)]
+    places = LAYER_ARGUMENTS[operator(node)]
     x, weight, bias = (None if place is None else _ref(node, place) for place in places)
     assert x is not None and weight is not None
     operand = _unsliced(ground, node, weight)

@@ -94,8 +94,8 @@ def _in_front(site: Site, created: Sequence[Create | Fill], affine: Affine) -> l
     """The edits on the tensors of a norm with statistics."""
     names = {edit.target.rpartition(".")[2]: edit.target for edit in created} | {**site.parameters}
     mean, edits = names[get(site.kind).centre], list[Edit]()
-    if affine.shift is not None:
-        edits.append(Shift(mean, replace(affine.shift, factor=-affine.shift.factor)))
+    if (turned := affine.over(-1.0).shift) is not None:
+        edits.append(Shift(mean, turned))
     own = affine_of(site).shift
     if affine.scale is None or own is None:
         return edits

@@ -26,18 +26,18 @@ from normsurgery.flow.nodes import (
     outputs_of,
     shape,
 )
+from normsurgery.flow.operators import CONVOLUTION, LAYER_ARGUMENTS, Kind, kind_of
 from normsurgery.folding.affines import is_affine
 from normsurgery.folding.branch_checks import require_own
 from normsurgery.folding.branch_geometry import merged_geometry
 from normsurgery.folding.checks import Check, NoMatch
 from normsurgery.folding.ground import Ground, Refused, Run
 from normsurgery.folding.kernels import Geometry, Sizes
-from normsurgery.folding.landings import CONVOLUTION, PRODUCTS, Layer, layer
+from normsurgery.folding.landings import Layer, layer
 from normsurgery.rewriting.source import tensor_at
 from normsurgery.survey import Site
 
 KIND = "sum of branches"
-VIEWS = frozenset({"aten::view", "aten::_unsafe_view", "aten::reshape"})
 ADDITIONS = frozenset({"aten::add", "aten::sub"})
 
 
@@ -291,11 +291,11 @@ class _Tree:
             return None
         if operator(node) in ADDITIONS and not nodes:
             return self._addition(node)
-        while node is not None and operator(node) in VIEWS:
+        while node is not None and kind_of(node) is Kind.RESHAPE:
             ground.require_only(inputs_of(node)[0], (node,))
             nodes = (node, *nodes)
             node = maker(inputs_of(node)[0])
-        if node is None or (operator(node) != CONVOLUTION and operator(node) not in PRODUCTS):
+        if node is None or operator(node) not in LAYER_ARGUMENTS:
             return None
         return [_layer_branch(ground, node, nodes, normed)]
 
@@ -324,7 +324,7 @@ def _source(ground: Ground, found: Layer, node: fx.Node) -> tuple[fx.Node, list[
     """What the layer reads, seen through the views that a linear layer makes of it."""
     value, reader, before = found.input, node, list[fx.Node]()
     while operator(node) != CONVOLUTION and (made_by := maker(value)) is not None:
-        if operator(made_by) not in VIEWS or len(ground.flow.readers(value)) != 1:
+        if kind_of(made_by) is not Kind.RESHAPE or len(ground.flow.readers(value)) != 1:
             break
         value, reader = inputs_of(made_by)[0], made_by
         before.insert(0, reader)

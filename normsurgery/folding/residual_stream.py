@@ -24,20 +24,17 @@ from normsurgery.flow.nodes import (
     outputs_of,
     shape,
 )
+from normsurgery.flow.operators import Kind, kind_of
 from normsurgery.folding.channels import (
     NEUTRAL,
     along_axis,
-    backwards,
-    forwards,
-    moves,
     varies,
     vector,
-    whole_before,
 )
 from normsurgery.folding.checks import Check
+from normsurgery.folding.crossings import Crossing, moves, rearranged, whole_before
 from normsurgery.folding.ground import Ground, Landing, Refused, Run
-from normsurgery.folding.landings import EMBEDDING, bias_of, is_layer, layer, tensors_of_layer
-from normsurgery.folding.linearity import GATHERS, gathered_axes
+from normsurgery.folding.landings import bias_of, is_layer, layer, tensors_of_layer
 from normsurgery.folding.merged_layers import on_merged_mean
 from normsurgery.spec import get
 from normsurgery.survey import Site
@@ -116,11 +113,11 @@ class _Walk:
             self._written_by_norm(run, value)
         elif is_layer(self.ground, node):
             self._write(node, self._layer(node, channels))
-        elif operator(node) == EMBEDDING:
+        elif kind_of(node) is Kind.TABLE:
             operand = self.ground.weight(inputs_of(node)[0], node)
             self._write(node, Landing((node,), (operand,), (Centre(operand.name, 1),)))
-        elif moves(node):
-            self._moved(node, value, channels)
+        elif (found := rearranged(node)) is not None:
+            self._rearranged(found, node, value, channels)
         else:
             self._combined(node, channels)
 
@@ -154,13 +151,15 @@ class _Walk:
         reader = node
         while (made_by := maker(value)) is not None and moves(made_by):
             # Of a table that is sliced, the rows that are not read are centred as well.
-            found = whole_before(made_by, channels)
-            found = backwards(made_by, channels, value) if found is None else found
+            found, across = whole_before(made_by, channels), rearranged(made_by)
+            if found is None and across is not None:
+                found = across.before(channels, value)
             if found is None:
                 break
             value, channels = inputs_of(made_by)[0], found
         place = vector_axis(channels)
-        if made_by is not None and operator(made_by) == EMBEDDING and place == channels.dim() - 1:
+        table = made_by is not None and kind_of(made_by) is Kind.TABLE
+        if made_by is not None and table and place == channels.dim() - 1:
             value, place = inputs_of(made_by)[0], 1
         if maker(value) is not None or name_of(value) is None or place is None:
             raise Refused(
@@ -169,26 +168,21 @@ class _Walk:
         operand = self.ground.weight(value, reader)
         self._write(reader, Landing((reader,), (operand,), (Centre(operand.name, place),)))
 
-    def _moved(self, node: fx.Node, value: fx.Node, channels: Tensor) -> None:
-        source = inputs_of(node)[0]
-        if is_constant(source):
+    def _rearranged(self, found: Crossing, node: fx.Node, value: fx.Node, channels: Tensor) -> None:
+        if is_constant(found.source):
             self._constant(node, value, channels)
             return
-        found = backwards(node, channels, value)
-        if found is None or vector_axis(found) is None:
+        own = found.before(channels, value)
+        if own is None or vector_axis(own) is None:
             self._refuse(Check.AXIS, f"{self.ground.path(node)} mixes its channels")
             return
-        self.reach(source, found)
+        self.reach(found.source, own)
 
     def _combined(self, node: fx.Node, channels: Tensor) -> None:
         if operator(node) in ("aten::add", "aten::cat"):
             self._parts(node, channels)
         elif operator(node) in ("aten::mul", "aten::div"):
             self._weighed(node, channels)
-        elif operator(node) in GATHERS and not any(
-            varies(channels, axis) for axis in gathered_axes(node) or {channels.dim() - 1}
-        ):
-            self.reach(inputs_of(node)[0], channels)
         else:
             name = operator(node).removeprefix("aten::")
             raise Refused(Check.RESIDUAL, f"{name} in {self.ground.path(node)} writes to it")
@@ -243,18 +237,16 @@ class _Walk:
 
     def _stays_inside(self, node: fx.Node, value: fx.Node, channels: Tensor) -> None:
         """A reader that hands the value on within the stream."""
-        if moves(node) and inputs_of(node)[0] == value:
+        found = rearranged(node)
+        if found is not None and found.source is value:
             for output in outputs_of(node):
-                found = forwards(node, channels, output)
-                if found is None:
+                own = found.after(channels, output)
+                if own is None:
                     self._refuse(Check.AXIS, f"{self.ground.path(node)} mixes its channels")
                     return
-                self.reach(output, found)
+                self.reach(output, own)
             return
-        inside = (
-            operator(node) in ("aten::add", "aten::cat", "aten::mul", "aten::div")
-            or operator(node) in GATHERS
-        )
+        inside = operator(node) in ("aten::add", "aten::cat", "aten::mul", "aten::div")
         if not inside or len(outputs_of(node)) != 1 or is_layer(self.ground, node):
             raise Refused(
                 Check.RESIDUAL, f"{self.ground.path(node)} reads it, to which its mean matters"

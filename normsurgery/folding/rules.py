@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from normsurgery.flow.flow import Operand
 from normsurgery.flow.nodes import operator, shape
+from normsurgery.flow.operators import CONVOLUTION, Kind, kind_of
 from normsurgery.folding.affines import affine_of, is_affine
 from normsurgery.folding.agreement import Agreed, agree
 from normsurgery.folding.backward import Backward
@@ -20,7 +21,6 @@ from normsurgery.folding.checks import Check
 from normsurgery.folding.explicit_pad import padded_readers
 from normsurgery.folding.forward import Forward
 from normsurgery.folding.ground import Ground, Landing, Refused, Run
-from normsurgery.folding.landings import PRODUCTS
 from normsurgery.folding.unlisted import is_unlisted
 from normsurgery.rewriting.obstacles import lost_fact
 from normsurgery.rewriting.source import tensor_at
@@ -161,7 +161,8 @@ def _rank_notes(
     flat = all(len(shape(run.start)) == 2 for run in runs)
     if not flat or site.settings.get("channel_axis") != 1:
         return ()
-    linear = [landing.nodes[0] for landing in landings if operator(landing.nodes[0]) in PRODUCTS]
+    first = [landing.nodes[0] for landing in landings]
+    linear = [n for n in first if kind_of(n) is Kind.LAYER and operator(n) != CONVOLUTION]
     if not linear:
         return ()
     where = ground.path(linear[0])

@@ -17,39 +17,22 @@ from normsurgery.edits.types import Vector
 from normsurgery.finding import Located
 from normsurgery.flow import Flow, ModuleCall
 from normsurgery.flow.nodes import (
-    in_order,
     inputs_of,
     is_constant,
-    maker,
     name_of,
+    operations_between,
     operator,
     outputs_of,
     shape,
     tensor,
 )
 from normsurgery.flow.operations import Operation, as_data
+from normsurgery.flow.operators import SAME_NUMBERS, Kind, kind_of
 from normsurgery.folding.ground import Affine
 from normsurgery.survey import Site
 
-_SCALES = frozenset({"mul", "div", "neg"})
-_SHIFTS = frozenset({"add", "sub", "rsub"})
-_HANDS_ON = frozenset({"_to_copy", "alias", "detach", "clone"})
-_ON_INPUT = _SCALES | _SHIFTS | _HANDS_ON | {"addcmul"}
-_ON_CONSTANTS = _ON_INPUT | {
-    "expand",
-    "exp",
-    "permute",
-    "pow",
-    "reciprocal",
-    "reshape",
-    "rsqrt",
-    "sqrt",
-    "squeeze",
-    "t",
-    "unsqueeze",
-    "view",
-    "_unsafe_view",
-}
+_ON_INPUT = frozenset({Kind.SCALE, Kind.ADD, Kind.ADD_PRODUCT, Kind.SAME})
+_ON_CONSTANTS = _ON_INPUT | SAME_NUMBERS | {Kind.POWER}
 
 
 def with_unlisted(located: Located) -> Located:
@@ -151,7 +134,7 @@ def _spot(call: ModuleCall) -> tuple[fx.Node, fx.Node] | None:
 
 def _reading(call: ModuleCall, spot: tuple[fx.Node, fx.Node]) -> _Reading | None:
     start, end = spot
-    nodes = _between(start, end)
+    nodes = operations_between(start, end)
     alike = shape(start) == shape(end) and tensor(start).dtype == tensor(end).dtype
     # Whatever else the call does, such as counting, would be lost with it.
     if not nodes or not alike or nodes != call.operations or is_constant(start):
@@ -168,37 +151,16 @@ def _reading(call: ModuleCall, spot: tuple[fx.Node, fx.Node]) -> _Reading | None
     return _Reading(operations, parameters, next(iter(along), None), _parts(nodes))
 
 
-def _between(start: fx.Node, end: fx.Node) -> tuple[fx.Node, ...]:
-    """The operations that make `end`, those on constants too; none where it is not of `start`."""
-    needed: set[fx.Node] = set()
-    queue, reached = [end], False
-    while queue:
-        value = queue.pop()
-        made_by = maker(value)
-        if value is start:
-            reached = True
-        elif made_by is not None and made_by not in needed:
-            needed.add(made_by)
-            queue.extend(inputs_of(made_by))
-        elif made_by is None and not is_constant(value):
-            return ()
-    return in_order(needed) if reached else ()
-
-
-def _name(node: fx.Node) -> str:
-    return operator(node).removeprefix("aten::")
-
-
 def _axes(node: fx.Node, rank: int) -> set[int] | None:
     """The axes of the input along which the operation differs; None where it may be not affine."""
     varying = [value for value in inputs_of(node) if not is_constant(value)]
     if not varying:
-        return set() if _name(node) in _ON_CONSTANTS else None
+        return set() if kind_of(node) in _ON_CONSTANTS else None
     made = outputs_of(node)
-    plain = _name(node) in _ON_INPUT and len(varying) == 1 and len(made) == 1
+    plain = kind_of(node) in _ON_INPUT and len(varying) == 1 and len(made) == 1
     if not plain or shape(varying[0]) != shape(made[0]):
         return None
-    inverse = _name(node) == "div" and inputs_of(node)[0] is not varying[0]
+    inverse = operator(node) == "aten::div" and inputs_of(node)[0] is not varying[0]
     if inverse or node.kwargs.get("rounding_mode") is not None:
         return None
     found: set[int] = set()
@@ -221,15 +183,16 @@ def _own_tensors(module: nn.Module, nodes: Sequence[fx.Node]) -> list[str]:
 
 def _parts(nodes: Sequence[fx.Node]) -> tuple[str, ...]:
     on_input = [node for node in nodes if not all(map(is_constant, inputs_of(node)))]
-    names = {_name(node) for node in on_input}
+    kinds = {kind_of(node) for node in on_input}
     # c - x has a scale too, and so has c + 2 * x.
     turned = any(
         is_constant(inputs_of(node)[0])
-        and (_name(node) == "sub" or node.kwargs.get("alpha", 1) != 1)
+        and (operator(node) == "aten::sub" or node.kwargs.get("alpha", 1) != 1)
         for node in on_input
     )
-    scales = turned or bool(names & (_SCALES | {"addcmul", "rsub"}))
-    shifts = bool(names & (_SHIFTS | {"addcmul"}))
+    turned |= any(operator(node) == "aten::rsub" for node in on_input)
+    scales = turned or not kinds.isdisjoint({Kind.SCALE, Kind.ADD_PRODUCT})
+    shifts = not kinds.isdisjoint({Kind.ADD, Kind.ADD_PRODUCT})
     return (*(("scale",) if scales else ()), *(("shift",) if shifts else ()))
 
 
