@@ -89,6 +89,7 @@ def bind(
     if old is None:
         path, _, attribute = name.rpartition(".")
         module = module_at(model, path)
+        _unbind(module, attribute, slots)
         like = module._parameters.get("weight")
         trained = like is None or like.requires_grad
         module.register_parameter(attribute, nn.Parameter(value, requires_grad=trained))
@@ -100,6 +101,15 @@ def bind(
     bound = slots_of(model) if slots is None else slots
     for registry, attribute in bound.pop(id(old), ()):
         registry[attribute] = new
+
+
+def _unbind(module: nn.Module, attribute: str, slots: Slots | None) -> None:
+    """The place that gets a tensor of its own is no place of the one that it shared any more."""
+    held = module._parameters.get(attribute)
+    if slots is None or id(held) not in slots:
+        return
+    own = module._parameters
+    slots[id(held)] = [s for s in slots[id(held)] if s[0] is not own or s[1] != attribute]
 
 
 def slots_of(model: nn.Module) -> Slots:
