@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 import normsurgery as ns
 from normsurgery.norms.examples import randomised
+from normsurgery.rewriting.rebuilding import restore_originals, restore_rewrites
 
 torch.set_num_threads(1)
 BOUND = 1e-9
@@ -153,7 +154,7 @@ def test_made_again_from_the_plan_and_from_a_file(make: Callable[[], nn.Module])
     fresh = ns.rebuild(ready(make(), 3), report)
     fresh.load_state_dict(folded.state_dict())
     require_same(fresh, model)
-    restored = ns.surgery.restore_rewrites(ns.surgery.restore_originals(folded), report)
+    restored = restore_rewrites(restore_originals(folded), report)
     require_same(restored, model)
 
 
