@@ -1,11 +1,10 @@
-"""What is known about every norm without importing torch: the table, and each file's docstring."""
+"""What is known about every norm without importing torch: its spec's literals, its docstring."""
 
 from __future__ import annotations
 
 import ast
 import inspect
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from normsurgery import norms, spec
 
@@ -30,18 +29,14 @@ def entries() -> tuple[Entry, ...]:
 
 
 def _entry(name: str) -> Entry:
-    also = tuple(short for short, long in norms.SHORT_FORMS.items() if long == name)
-    row = norms.TABLE.get(name)
-    if row is not None:
-        return Entry(name, row.attach, row.summary, also)
-    plugin = spec.get(name)
-    return Entry(name, plugin.attach, plugin.summary, also, plugin.owner)
+    row = spec.row(name)
+    owner = "normsurgery" if name in norms.NAMES else spec.get(name).owner
+    return Entry(name, row.attach, row.summary, row.also, owner)
 
 
 def documentation(name: str) -> str:
     """The docstring of the file that defines the norm. `name` is a canonical name."""
-    row = norms.TABLE.get(name)
-    if row is None:
+    if name not in norms.NAMES:
         return inspect.getdoc(inspect.getmodule(spec.get(name).formula)) or ""
-    source = Path(norms.__file__).with_name(f"{row.file}.py").read_text(encoding="utf-8")
+    source = norms.file_of(name).read_text(encoding="utf-8")
     return ast.get_docstring(ast.parse(source)) or ""

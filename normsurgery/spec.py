@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from normsurgery.norms import Row
+
 Attach = Literal["norm", "weight", "layer"]
 ENTRY_POINT_GROUP = "normsurgery.norms"
 
@@ -198,6 +200,7 @@ class Spelling:
 class NormSpec:
     """One normalization: everything the tool knows about it, in one value.
 
+    also: further names that look-up knows.
     formula: float64 truth, `formula(x, tensors, settings, training) -> y`, in plain torch; it never
         mutates. With `training` it uses batch statistics where the norm has any.
         A norm with further `inputs` takes them by name.
@@ -238,7 +241,6 @@ class NormSpec:
     name: str
     summary: str
     paper: str
-    attach: Attach
     classes: tuple[type, ...]
     read: Callable[[nn.Module], Reading]
     formula: Callable[..., Tensor]
@@ -246,6 +248,8 @@ class NormSpec:
     conversions: Mapping[str, Conversion]
     laws: frozenset[Law]
     onnx: OnnxForm | None
+    attach: Attach = "norm"
+    also: tuple[str, ...] = ()
     why_not_onnx: str = ""
     hypotheses: (
         Callable[[tuple[int, ...], Mapping[str, tuple[int, ...]]], Iterator[Reading]] | None
@@ -331,23 +335,32 @@ _registry = _Registry()
 
 def names() -> tuple[str, ...]:
     """Canonical names of all registered norms, built-in ones first, without importing torch."""
-    from normsurgery.norms import TABLE
+    from normsurgery.norms import NAMES
 
     load_plugins()
-    return tuple(TABLE) + tuple(name for name in _registry.specs if name not in TABLE)
+    return NAMES + tuple(name for name in _registry.specs if name not in NAMES)
 
 
 def canonical(name: str) -> str:
     """The canonical name for any accepted spelling: `GN`, `GroupNorm`, `group_norm`."""
-    from normsurgery.norms import SHORT_FORMS
-
-    known = names()
-    plain = _plain(name)
-    plain = _plain(SHORT_FORMS.get(plain, plain))
+    known, plain = names(), _plain(name)
     for candidate in known:
         if plain in (_plain(candidate), _plain(candidate.removesuffix("norm"))):
             return candidate
+    for candidate in known:
+        if plain in map(_plain, row(candidate).also):
+            return candidate
     raise UnknownName("norm", name, known)
+
+
+def row(name: str) -> Row:
+    """What a norm says of itself in short, of a canonical name, without importing torch."""
+    from normsurgery import norms
+
+    if name in norms.NAMES:
+        return norms.row(name)
+    third = _registry.specs[name]
+    return norms.Row(third.summary, third.attach, third.also)
 
 
 def _plain(name: str) -> str:
@@ -356,11 +369,11 @@ def _plain(name: str) -> str:
 
 def get(name: str) -> NormSpec:
     """The spec of a norm, by any accepted spelling. Raises UnknownName."""
-    from normsurgery.norms import TABLE
+    from normsurgery.norms import file_of
 
     found = canonical(name)
     if found not in _registry.specs:
-        module = importlib.import_module(f"normsurgery.norms.{TABLE[found].file}")
+        module = importlib.import_module(f"normsurgery.norms.{file_of(found).stem}")
         _registry.specs[found] = module.NORM
     return _registry.specs[found]
 
@@ -372,12 +385,12 @@ def specs() -> tuple[NormSpec, ...]:
 
 def register(spec: NormSpec, *, owner: str = "register()") -> NormSpec:
     """Add a third party's norm. Raises UsageError naming both owners if the name is taken."""
-    from normsurgery.norms import TABLE
+    from normsurgery.norms import NAMES
 
     plain = _plain(spec.name)
-    for taken in (*TABLE, *_registry.specs):
+    for taken in (*NAMES, *_registry.specs):
         if _plain(taken) == plain:
-            holder = "normsurgery" if taken in TABLE else _registry.specs[taken].owner
+            holder = "normsurgery" if taken in NAMES else _registry.specs[taken].owner
             raise UsageError(
                 f"the norm name {spec.name!r} is defined twice: by {holder} and by {owner}. "
                 "Rename one of them."

@@ -69,30 +69,30 @@ MUTANTS = (
     Mutant(
         "eps inside the root",
         "layernorm",
-        "layernorm.py",
-        "wide.std(-1, unbiased=self.unbiased, keepdim=True) + self.eps)",
-        "wide.var(-1, unbiased=self.unbiased, keepdim=True) + self.eps).sqrt()",
+        "moments.py",
+        "deviation = wide.std(over, unbiased=self.unbiased, keepdim=True) + self.eps",
+        "deviation = (wide.var(over, unbiased=self.unbiased, keepdim=True) + self.eps).sqrt()",
     ),
     Mutant(
         "the other variance",
         "layernorm2d",
-        "layernorm2d.py",
-        "wide.std(-1, unbiased=self.unbiased, keepdim=True)",
-        "wide.std(-1, unbiased=not self.unbiased, keepdim=True)",
+        "moments.py",
+        "wide.std(over, unbiased=self.unbiased, keepdim=True)",
+        "wide.std(over, unbiased=not self.unbiased, keepdim=True)",
     ),
     Mutant(
         "variance in one pass",
         "layernorm_chw",
-        "layernorm_chw.py",
-        "centred / (wide.std(over, unbiased=self.unbiased, keepdim=True) + self.eps)",
-        "centred / (((wide**2).mean(over, keepdim=True) - wide.mean(over, keepdim=True) ** 2)"
-        ".mul(x[:1].numel() / max(x[:1].numel() - 1, 1)).sqrt() + self.eps)",
+        "moments.py",
+        "wide.std(over, unbiased=self.unbiased, keepdim=True) + self.eps",
+        "((wide**2).mean(over, keepdim=True) - wide.mean(over, keepdim=True) ** 2)"
+        ".mul(x[:1].numel() / max(x[:1].numel() - 1, 1)).sqrt() + self.eps",
     ),
     Mutant(
         "a dropped bias",
         "affine",
-        "affine.py",
-        "y + along(self.bias, x, self.channel_axis)",
+        "carry.py",
+        "y + along(cast(Tensor, bias), y, axis)",
         "y",
     ),
     Mutant(
@@ -120,14 +120,14 @@ MUTANTS = (
         "an inference form without eps",
         "batchnorm",
         "batchnorm.py",
-        '(values["running_var"] + settings["eps"]).rsqrt()',
-        'values["running_var"].rsqrt()',
+        '(tensors["running_var"].reshape(-1) + settings["eps"]).rsqrt()',
+        'tensors["running_var"].reshape(-1).rsqrt()',
     ),
     Mutant(
         "an inference form without the mean",
         "affine",
         "batchnorm.py",
-        'shift = -values["running_mean"] * scale',
+        'shift = shift - tensors["running_mean"].reshape(-1) * scale',
         "shift = torch.zeros_like(scale)",
     ),
     Mutant(
@@ -183,14 +183,14 @@ MUTANTS = (
     Mutant(
         "the float32 upcast left out",
         "layernorm_chw",
-        "layernorm_chw.py",
+        "moments.py",
         "wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x",
         "wide = x.to(torch.bfloat16) if x.dtype != torch.float64 else x",
     ),
     Mutant(
         "a reading that forgets a role",
         "layernorm2d",
-        "layernorm2d.py",
+        "moments.py",
         '(("weight", "bias"), ("weight",), ("bias",), ())',
         '(("weight",), ("bias",), ())',
     ),
@@ -208,8 +208,8 @@ SAME = Mutant(
     "nothing",
     "layernorm2d",
     "layernorm2d.py",
-    "return y.to(last.dtype)",
-    "return y.to(last.dtype)  #",
+    "return y.contiguous() if x.is_contiguous() else y",
+    "return y.contiguous() if x.is_contiguous() else y  #",
 )
 
 

@@ -1,64 +1,54 @@
-"""The table of norms: a line per norm. Each file holds everything about its norm."""
+"""The norms of this package: one file each, which holds everything about its norm."""
 
 from __future__ import annotations
 
+import ast
+from functools import cache
+from pathlib import Path
 from typing import NamedTuple
+
+# In the order in which `normsurgery norms` lists them.
+NAMES = (
+    "batchnorm",
+    "layernorm",
+    "layernorm2d",
+    "layernorm_chw",
+    "groupnorm",
+    "instancenorm",
+    "rmsnorm",
+    "l2norm",
+    "affine",
+    "gatedrmsnorm",
+    "batchrenorm",
+    "powernorm",
+    "identity",
+    "randomaggregation",
+    "neuronwise",
+    "weightstandardization",
+    "dyt",
+    "evonorm-s0",
+    "localresponsenorm",
+)
 
 
 class Row(NamedTuple):
-    file: str
-    attach: str
+    """What a norm's spec says of it in literals."""
+
     summary: str
+    attach: str = "norm"
+    also: tuple[str, ...] = ()
 
 
-TABLE: dict[str, Row] = {
-    "batchnorm": Row(
-        "batchnorm", "norm", "per channel over batch and space, running statistics in eval"
-    ),
-    "layernorm": Row("layernorm", "norm", "over the last dimensions of each position"),
-    "layernorm2d": Row("layernorm2d", "norm", "over the channels of each pixel of (N, C, H, W)"),
-    "layernorm_chw": Row(
-        "layernorm_chw", "norm", "over channels and space of each sample, affine per channel"
-    ),
-    "groupnorm": Row("groupnorm", "norm", "over groups of channels and space of each sample"),
-    "instancenorm": Row("instancenorm", "norm", "per channel over the space of each sample"),
-    "rmsnorm": Row("rmsnorm", "norm", "divides by the root mean square, no centring"),
-    "l2norm": Row("l2norm", "norm", "divides by the Euclidean length"),
-    "affine": Row("affine", "norm", "one scale and one shift per channel, no statistics"),
-    "gatedrmsnorm": Row("gatedrmsnorm", "norm", "an RMS norm over groups, gated by a second input"),
-    "batchrenorm": Row(
-        "batchrenorm", "norm", "batch norm whose training is tied to its running statistics"
-    ),
-    "powernorm": Row("powernorm", "norm", "divides by a running root mean square per channel"),
-    "identity": Row("identity", "norm", "nothing"),
-    "randomaggregation": Row(
-        "randomaggregation", "norm", "an ensemble of norms, one drawn per layer and batch"
-    ),
-    "neuronwise": Row(
-        "neuronwise", "layer", "gradients taken against inputs standardised per neuron"
-    ),
-    "weightstandardization": Row(
-        "weightstandardization", "weight", "standardises a weight per output channel"
-    ),
-    "dyt": Row("dyt", "norm", "tanh of a learned scale, no statistics"),
-    "evonorm-s0": Row("evonorm_s0", "norm", "norm and activation in one, per group of channels"),
-    "localresponsenorm": Row(
-        "localresponsenorm", "norm", "divides by the energy of neighbouring channels"
-    ),
-}
+def file_of(name: str) -> Path:
+    return Path(__file__).with_name(name.replace("-", "_") + ".py")
 
-SHORT_FORMS = {
-    "bn": "batchnorm",
-    "ln": "layernorm",
-    "ln2d": "layernorm2d",
-    "gn": "groupnorm",
-    "in": "instancenorm",
-    "rms": "rmsnorm",
-    "l2": "l2norm",
-    "none": "identity",
-    "rna": "randomaggregation",
-    "ws": "weightstandardization",
-    "dynamictanh": "dyt",
-    "evonorms0": "evonorm-s0",
-    "lrn": "localresponsenorm",
-}
+
+@cache
+def row(name: str) -> Row:
+    """Read from the source of the norm's `NORM = NormSpec(...)`, which would import torch."""
+    for statement in ast.parse(file_of(name).read_text(encoding="utf-8")).body:
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "NORM":
+            assert isinstance(statement.value, ast.Call)
+            said = {k.arg: k.value for k in statement.value.keywords if k.arg in Row._fields}
+            return Row(**{str(field): ast.literal_eval(said[field]) for field in said})
+    raise LookupError(f"{file_of(name)} defines no NORM")

@@ -35,13 +35,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from normsurgery.errors import WrongShape
 from normsurgery.norms.carry import (
     AFFINE_ROLES,
-    along,
+    PerChannel,
     channels,
     present,
     scaled,
@@ -64,35 +62,19 @@ from normsurgery.spec import (
 )
 
 
-class Affine(nn.Module):
+class Affine(PerChannel):
     """Scale and shift per channel of (N, C, ...), or of (..., C) with `channel_axis=-1`.
 
     Output keeps the input's dtype and memory format. Raises WrongShape unless the size of the
     channel axis is `features`.
     """
 
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
-
     def __init__(self, features: int, *, channel_axis: int = 1) -> None:
-        super().__init__()
-        self.features, self.channel_axis = features, channel_axis
-        self.weight = nn.Parameter(torch.ones(features))
-        self.bias = nn.Parameter(torch.zeros(features))
+        super().__init__(features, channel_axis)
 
     def forward(self, x: Tensor) -> Tensor:
-        needed = 2 if self.channel_axis == 1 else 1
-        if x.dim() < needed or x.shape[self.channel_axis] != self.features:
-            second = self.channel_axis == 1
-            raise WrongShape(
-                "Affine",
-                x.shape,
-                f"(N, {self.features}, ...)" if second else f"(..., {self.features})",
-                f"Its channel_axis is {self.channel_axis}; permute the input or set it.",
-            )
-        y = x if self.weight is None else x * along(self.weight, x, self.channel_axis)
-        y = y if self.bias is None else y + along(self.bias, x, self.channel_axis)
-        return y.to(x.dtype)
+        self.require_channels(x)
+        return self.affined(x).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.features}, channel_axis={self.channel_axis}"
@@ -159,7 +141,6 @@ NORM = NormSpec(
     name="affine",
     summary="one scale and one shift per channel, no statistics",
     paper="Touvron et al. 2021, arXiv:2105.03404",
-    attach="norm",
     classes=(Affine,),
     read=read,
     formula=formula,

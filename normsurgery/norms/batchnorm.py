@@ -48,17 +48,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from normsurgery.errors import NoOperator, WrongShape
+from normsurgery.errors import NoOperator
 from normsurgery.norms.carry import (
+    all_but,
     along,
     channels,
     dimensions_of,
     eps_of,
     present,
     refusal,
+    require_channels,
     scaled,
     settled,
     wanted_affine,
+    with_state,
     without,
 )
 from normsurgery.norms.examples import randomised
@@ -78,6 +81,7 @@ from normsurgery.spec import (
 
 BY_RANK: dict[int, type[nn.Module]] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 STATISTICS = ("running_mean", "running_var")
+STATE = (*STATISTICS, "num_batches_tracked")
 
 
 class TokenBatchNorm(nn.BatchNorm1d):
@@ -88,13 +92,8 @@ class TokenBatchNorm(nn.BatchNorm1d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.dim() < 2 or input.shape[-1] != self.num_features:
-            raise WrongShape(
-                "TokenBatchNorm",
-                input.shape,
-                f"(N, ..., {self.num_features})",
-                "It normalises the last dimension; use BatchNorm1d or 2d if channels come second.",
-            )
+        cure = "It normalises the last dimension; use BatchNorm1d or 2d if channels come second."
+        require_channels("TokenBatchNorm", input, -1, self.num_features, cure, dimensions=2)
         return super().forward(input.reshape(-1, self.num_features)).reshape(input.shape)
 
 
@@ -119,13 +118,8 @@ class FrozenBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(num_features))
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.dim() < 2 or input.shape[1] != self.num_features:
-            raise WrongShape(
-                "FrozenBatchNorm",
-                input.shape,
-                f"(N, {self.num_features}, ...)",
-                "Channels must be the second dimension; permute the input.",
-            )
+        cure = "Channels must be the second dimension; permute the input."
+        require_channels("FrozenBatchNorm", input, 1, self.num_features, cure)
         return F.batch_norm(
             input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
         )
@@ -137,15 +131,18 @@ class FrozenBatchNorm(nn.Module):
 def formula(
     x: Tensor, tensors: Mapping[str, Tensor], settings: Mapping[str, Any], training: bool
 ) -> Tensor:
-    axis = settings["channel_axis"] % x.dim()
-    over = [d for d in range(x.dim()) if d != axis]
+    axis = settings["channel_axis"]
     if "running_mean" in tensors and (settings.get("frozen", False) or not training):
-        mean = along(tensors["running_mean"], x, axis)
-        variance = along(tensors["running_var"], x, axis)
+        mean, variance = (along(tensors[role], x, axis) for role in STATISTICS)
     else:
-        mean = x.mean(over, keepdim=True)
-        variance = x.var(over, unbiased=False, keepdim=True)
+        mean, variance = batch_moments(x, axis)
     return scaled((x - mean) / (variance + settings["eps"]).sqrt(), tensors, settings)
+
+
+def batch_moments(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance per channel, of the rank of `x`."""
+    over = all_but(x, axis)
+    return x.mean(over, keepdim=True), x.var(over, unbiased=False, keepdim=True)
 
 
 def read(module: nn.Module) -> Reading:
@@ -157,8 +154,7 @@ def read(module: nn.Module) -> Reading:
         "momentum": None if frozen else module.momentum,
         "frozen": frozen,
     }
-    roles = ("weight", "bias", *STATISTICS, "num_batches_tracked")
-    return Reading(present(module, *roles), settings)
+    return Reading(present(module, "weight", "bias", *STATE), settings)
 
 
 def read_call(given: Mapping[str, Any], shape: tuple[int, ...], dtype: torch.dtype) -> Reading:
@@ -294,7 +290,7 @@ def from_instancenorm(
         eps=eps_of(source),
         momentum=next((m for m in (momentum, kept) if m is not None), 0.1),
     )
-    return _with_statistics(settled(module, source, init), source)
+    return with_state(settled(module, source, init), source, STATE)
 
 
 def from_batchnorm(source: Source, *, init: str = "copy", frozen: bool | None = None) -> nn.Module:
@@ -312,7 +308,7 @@ def from_batchnorm(source: Source, *, init: str = "copy", frozen: bool | None = 
         momentum=source.settings.get("momentum", 0.1),
         track_running_stats="running_mean" in source.tensors,
     )
-    return _with_statistics(settled(module, source, init), source)
+    return with_state(settled(module, source, init), source, STATE)
 
 
 def _frozen(source: Source, init: str) -> nn.Module:
@@ -322,14 +318,6 @@ def _frozen(source: Source, init: str) -> nn.Module:
     for role in roles:
         if role in source.tensors:
             getattr(module, role).copy_(source.tensors[role].detach().reshape(-1))
-    return module
-
-
-def _with_statistics(module: nn.Module, source: Source) -> nn.Module:
-    for role in (*STATISTICS, "num_batches_tracked"):
-        if role in source.tensors:
-            kept = source.tensors[role].detach()
-            setattr(module, role, kept.reshape(getattr(module, role).shape).clone())
     return module
 
 
@@ -350,7 +338,7 @@ def _own_fidelity(source: Source, options: Mapping[str, Any]) -> Fidelity:
     return Fidelity.IDENTICAL if same else Fidelity.EVAL
 
 
-def _keeps_eval(source: Source, options: Mapping[str, Any]) -> Fidelity:
+def keeps_eval(source: Source, options: Mapping[str, Any]) -> Fidelity:
     tracked = "running_mean" in source.tensors and source.eps > 0.0
     return Fidelity.EVAL if tracked else Fidelity.RETRAIN
 
@@ -374,9 +362,9 @@ def examples() -> tuple[Example, ...]:
 
 NORM = NormSpec(
     name="batchnorm",
+    also=("bn",),
     summary="per channel over batch and space, running statistics in eval",
     paper="Ioffe and Szegedy 2015, arXiv:1502.03167",
-    attach="norm",
     classes=(
         nn.BatchNorm1d,
         nn.BatchNorm2d,
@@ -390,7 +378,7 @@ NORM = NormSpec(
     conversions={
         "*": Conversion(from_any, Fidelity.RETRAIN, _resolve),
         "batchnorm": Conversion(from_batchnorm, _own_fidelity, _resolve_own),
-        "instancenorm": Conversion(from_instancenorm, _keeps_eval, _resolve),
+        "instancenorm": Conversion(from_instancenorm, keeps_eval, _resolve),
         "affine": Conversion(from_affine, Fidelity.EVAL, _resolve),
         "identity": Conversion(from_affine, Fidelity.EVAL, _resolve),
     },

@@ -40,33 +40,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normsurgery.norms.batchnorm import STATISTICS, affine
+from normsurgery.norms.batchnorm import STATISTICS, affine, batch_moments, keeps_eval
 from normsurgery.norms.carry import (
+    PerChannel,
+    all_but,
     along,
     channels,
     eps_of,
+    known,
     present,
-    require_channels,
     scaled,
     settled,
     wanted_affine,
+    with_state,
     without,
 )
 from normsurgery.norms.examples import randomised
 from normsurgery.spec import Conversion, Example, Fidelity, Law, NormSpec, OnnxForm, Reading, Source
 
 R_MAX, D_MAX, MOMENTUM = 3.0, 5.0, 0.1
+OPTIONS = ("momentum", "r_max", "d_max")
 
 
-class BatchRenorm(nn.Module):
+class BatchRenorm(PerChannel):
     """Batch renormalization of (N, C, ...), or of (..., C) with `channel_axis=-1`.
 
     Buffers `running_mean` and `running_var` (biased), (features,). Raises WrongShape unless the
     size of the channel axis is `features`.
     """
 
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
     running_mean: Tensor
     running_var: Tensor
 
@@ -80,16 +82,13 @@ class BatchRenorm(nn.Module):
         d_max: float = D_MAX,
         channel_axis: int = 1,
     ) -> None:
-        super().__init__()
-        self.features, self.eps, self.momentum = features, eps, momentum
-        self.r_max, self.d_max, self.channel_axis = r_max, d_max, channel_axis
-        self.weight = nn.Parameter(torch.ones(features))
-        self.bias = nn.Parameter(torch.zeros(features))
+        super().__init__(features, channel_axis)
+        self.eps, self.momentum, self.r_max, self.d_max = eps, momentum, r_max, d_max
         self.register_buffer("running_mean", torch.zeros(features))
         self.register_buffer("running_var", torch.ones(features))
 
     def forward(self, x: Tensor) -> Tensor:
-        require_channels("batchrenorm", x, self.channel_axis, self.features)
+        self.require_channels(x)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         own = {"running_mean": self.running_mean, "running_var": self.running_var}
         y = standardised(wide, own, vars(self), self.training)
@@ -97,9 +96,7 @@ class BatchRenorm(nn.Module):
             moved = update(wide.detach(), own, vars(self))
             self.running_mean.copy_(moved["running_mean"])
             self.running_var.copy_(moved["running_var"])
-        y = y if self.weight is None else y * along(self.weight, x, self.channel_axis)
-        y = y if self.bias is None else y + along(self.bias, x, self.channel_axis)
-        return y.to(x.dtype)
+        return self.affined(y).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.features}, r_max={self.r_max}, d_max={self.d_max}"
@@ -116,17 +113,12 @@ def standardised(
     if not training:
         y = (x - running_mean) / running_std
         return y
-    mean, variance = _moments(x, axis)
+    mean, variance = batch_moments(x, axis)
     std = (variance + eps).sqrt()
     r = (std / running_std).clamp(1 / settings["r_max"], settings["r_max"]).detach()
     d = ((mean - running_mean) / running_std).clamp(-settings["d_max"], settings["d_max"])
     y = d.detach() + (x - mean) / std * r
     return y
-
-
-def _moments(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    over = [d for d in range(x.dim()) if d != axis % x.dim()]
-    return x.mean(over, keepdim=True), x.var(over, unbiased=False, keepdim=True)
 
 
 def formula(
@@ -138,7 +130,7 @@ def formula(
 def update(
     x: Tensor, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    moments = (moment.reshape(-1) for moment in _moments(x, settings["channel_axis"]))
+    moments = (moment.reshape(-1) for moment in batch_moments(x, settings["channel_axis"]))
     return {
         role: tensors[role].lerp(moment.to(tensors[role].dtype), settings["momentum"])
         for role, moment in zip(STATISTICS, moments, strict=True)
@@ -155,13 +147,13 @@ def gradient(
     """Of the paper's algorithm 1: with x^ = (x - mean) / std, g^ = g weight r,
     dx = (g^ - mean(g^) - x^ mean(g^ x^)) / std; in eval g weight / running_std."""
     axis, eps = settings["channel_axis"], settings["eps"]
-    over = [d for d in range(x.dim()) if d != axis % x.dim()]
+    over = all_but(x, axis)
     learned = {r: along(tensors[r], x, axis) for r in ("weight", "bias") if r in tensors}
     running_std = (along(tensors["running_var"], x, axis) + eps).sqrt()
     weighted = g * learned["weight"] if "weight" in learned else g
     found = {"input": weighted / running_std}
     if training:
-        mean, variance = _moments(x, axis)
+        mean, variance = batch_moments(x, axis)
         std = (variance + eps).sqrt()
         hat = (x - mean) / std
         r = torch.minimum(std / running_std, torch.full_like(std, settings["r_max"]))
@@ -175,8 +167,7 @@ def gradient(
 
 def read(module: nn.Module) -> Reading:
     assert isinstance(module, BatchRenorm)
-    names = ("eps", "channel_axis", "features", "momentum", "r_max", "d_max")
-    settings = {name: getattr(module, name) for name in names}
+    settings = known(vars(module), ("eps", "channel_axis", "features", *OPTIONS))
     return Reading(present(module, "weight", "bias", *STATISTICS), settings)
 
 
@@ -189,20 +180,11 @@ def build(
     momentum: float | None = None,
 ) -> nn.Module:
     axis, features = channels(source, "batchrenorm")
-    given = {"r_max": r_max, "d_max": d_max, "momentum": momentum}
-    kept = {name: source.settings.get(name) if v is None else v for name, v in given.items()}
-    known = {name: float(value) for name, value in kept.items() if value is not None}
-    module = BatchRenorm(features, eps_of(source), channel_axis=axis, **known)
+    given = known({"r_max": r_max, "d_max": d_max, "momentum": momentum}, OPTIONS)
+    options = known({**source.settings, **given}, OPTIONS)
+    module = BatchRenorm(features, eps_of(source), channel_axis=axis, **options)
     module = settled(without(module, *wanted_affine(source, None)), source, init)
-    for role in STATISTICS:
-        if init == "copy" and role in source.tensors:
-            module.get_buffer(role).copy_(source.tensors[role].detach().reshape(-1))
-    return module
-
-
-def _tracked(source: Source, options: Mapping[str, Any]) -> Fidelity:
-    tracked = "running_mean" in source.tensors and source.eps > 0.0
-    return Fidelity.EVAL if tracked else Fidelity.RETRAIN
+    return with_state(module, source, STATISTICS if init == "copy" else ())
 
 
 def examples() -> tuple[Example, ...]:
@@ -218,7 +200,6 @@ NORM = NormSpec(
     name="batchrenorm",
     summary="batch norm whose training is tied to its running statistics",
     paper="Ioffe 2017, arXiv:1702.03275",
-    attach="norm",
     classes=(BatchRenorm,),
     read=read,
     formula=formula,
@@ -226,7 +207,7 @@ NORM = NormSpec(
     gradient=gradient,
     examples=examples,
     conversions={
-        "*": Conversion(build, _tracked),
+        "*": Conversion(build, keeps_eval),
         "batchrenorm": Conversion(build, Fidelity.IDENTICAL),
     },
     laws=frozenset({Law.PERMUTATION_EQUIVARIANT, Law.AFFINE_IN_EVAL}),

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from normsurgery.errors import CannotConvert, NoOperator, WrongShape
-from normsurgery.spec import Reading, Source
+from normsurgery.spec import Fidelity, Reading, Source
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
@@ -27,16 +27,50 @@ def along(vector: Tensor, x: Tensor, axis: int) -> Tensor:
     return vector.reshape(shape)
 
 
-def require_channels(norm: str, x: Tensor, axis: int, features: int) -> None:
-    """Raise WrongShape unless `x` has `features` along `axis`."""
-    if x.dim() > max(axis, -axis - 1) and x.shape[axis] == features:
+def all_but(x: Tensor, axis: int) -> list[int]:
+    """The dimensions of `x` other than `axis`."""
+    return [d for d in range(x.dim()) if d != axis % x.dim()]
+
+
+def require_channels(
+    norm: str, x: Tensor, axis: int, features: int, cure: str = "", dimensions: int = 1
+) -> None:
+    """Raise WrongShape unless `x` has `features` along `axis`, and at least so many dimensions."""
+    if x.dim() > max(axis, -axis - 1, dimensions - 1) and x.shape[axis] == features:
         return
+    first = "N, ..." if dimensions > 1 else "..."
     raise WrongShape(
         norm,
         x.shape,
-        f"{features} along axis {axis}",
-        "Give the norm the size and the axis of the channels of its input.",
+        f"(N, {features}, ...)" if axis == 1 else f"({first}, {features})",
+        cure or f"Its channels are along axis {axis}; permute the input or set it.",
     )
+
+
+def affined(y: Tensor, module: nn.Module, axis: int) -> Tensor:
+    """`y * weight + bias` along the channel axis; the module has None where it has none."""
+    weight, bias = module.weight, module.bias
+    y = y if weight is None else y * along(cast(Tensor, weight), y, axis)
+    return y if bias is None else y + along(cast(Tensor, bias), y, axis)
+
+
+class PerChannel(nn.Module):
+    """A module with a weight and a bias per channel, of (N, C, ...) or, with -1, of (..., C)."""
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(self, features: int, channel_axis: int) -> None:
+        super().__init__()
+        self.features, self.channel_axis = features, channel_axis
+        self.weight = nn.Parameter(torch.ones(features))
+        self.bias = nn.Parameter(torch.zeros(features))
+
+    def require_channels(self, x: Tensor, cure: str = "") -> None:
+        require_channels(type(self).__name__, x, self.channel_axis, self.features, cure)
+
+    def affined(self, y: Tensor) -> Tensor:
+        return affined(y, self, self.channel_axis)
 
 
 def scaled(y: Tensor, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Tensor:
@@ -52,6 +86,12 @@ def scaled(y: Tensor, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]
 def present(module: nn.Module, *roles: str) -> dict[str, str]:
     """Roles whose attribute of that name is a tensor on the module, as `Reading.tensors` wants."""
     return {role: role for role in roles if getattr(module, role, None) is not None}
+
+
+def known(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Those of these names that have a value: settings of a module's attributes, and back again
+    the arguments it is made with, where both go by one name."""
+    return {name: values[name] for name in names if values.get(name) is not None}
 
 
 def require_eps_in_root(reading: Reading) -> None:
@@ -144,6 +184,10 @@ def shares_eps(source: Source) -> bool:
     return not any(source.settings.get(key) for key in different) and source.eps > 0.0
 
 
+def identical_if(same: bool) -> Fidelity:
+    return Fidelity.IDENTICAL if same else Fidelity.RETRAIN
+
+
 def wanted_affine(source: Source, affine: bool | None) -> tuple[bool, bool]:
     """Whether the result gets a weight and a bias: as the source has them, unless `affine` says."""
     if affine is not None:
@@ -189,6 +233,15 @@ def settled(
         if role in source.tensors:
             parameter.requires_grad_(source.tensors[role].requires_grad)
     return module.train(source.training)
+
+
+def with_state(module: AnyModule, source: Source, roles: Iterable[str]) -> AnyModule:
+    """The module with the source's buffers of these roles, as far as the source has them."""
+    for role in roles:
+        if role in source.tensors:
+            kept = source.tensors[role].detach()
+            setattr(module, role, kept.reshape(module.get_buffer(role).shape).clone())
+    return module
 
 
 def without(module: AnyModule, weight: bool, bias: bool) -> AnyModule:

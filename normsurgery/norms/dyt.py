@@ -41,7 +41,7 @@ import torch
 from torch import Tensor, nn
 
 from normsurgery.norms.carry import (
-    along,
+    affined,
     channels,
     present,
     refusal,
@@ -94,10 +94,7 @@ class DynamicTanh(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         require_channels("dyt", x, self.channel_axis, self.features)
-        y = torch.tanh(self.alpha * x)
-        y = y if self.weight is None else along(self.weight, x, self.channel_axis) * y
-        y = y if self.bias is None else y + along(self.bias, x, self.channel_axis)
-        return y.to(x.dtype)
+        return affined(torch.tanh(self.alpha * x), self, self.channel_axis).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.features}, channel_axis={self.channel_axis}"
@@ -155,9 +152,9 @@ def examples() -> tuple[Example, ...]:
 
 NORM = NormSpec(
     name="dyt",
+    also=("dynamictanh",),
     summary="tanh of a learned scale, no statistics",
     paper="arXiv 2503.10622",
-    attach="norm",
     classes=(DynamicTanh,),
     read=read,
     formula=formula,

@@ -225,9 +225,9 @@ OPERATORS = (
 
 NORM = NormSpec(
     name="evonorm-s0",
+    also=("evonorms0",),
     summary="norm and activation in one, per group of channels",
     paper="arXiv 2004.02967",
-    attach="norm",
     classes=(EvoNormS0,),
     read=read,
     formula=formula,

@@ -40,10 +40,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from normsurgery.norms.carry import effective, present, require_channels, scaled, settled, without
+from normsurgery.norms.carry import known, present, require_channels, scaled, settled, without
 from normsurgery.norms.examples import randomised
 from normsurgery.norms.groupnorm import divisors
 from normsurgery.spec import Conversion, Example, Fidelity, Law, NormSpec, OnnxForm, Reading, Source
+
+ARGUMENTS = ("features", "eps", "group_size", "norm_before_gate")
 
 
 class GatedRMSNorm(nn.Module):
@@ -112,9 +114,8 @@ def formula(
 
 def read(module: nn.Module) -> Reading:
     assert isinstance(module, GatedRMSNorm)
-    names = ("eps", "features", "group_size", "norm_before_gate")
-    settings = {name: getattr(module, name) for name in names}
-    return Reading(present(module, "weight"), {"channel_axis": -1, **settings})
+    settings = {"channel_axis": -1, **known(vars(module), ARGUMENTS)}
+    return Reading(present(module, "weight"), settings)
 
 
 def hypotheses(shape: tuple[int, ...], tensors: Mapping[str, tuple[int, ...]]) -> Iterator[Reading]:
@@ -129,15 +130,8 @@ def hypotheses(shape: tuple[int, ...], tensors: Mapping[str, tuple[int, ...]]) -
 
 
 def build(source: Source, *, init: str = "copy") -> nn.Module:
-    given = source.settings
-    module = GatedRMSNorm(
-        source.features,
-        source.eps,
-        group_size=given["group_size"],
-        norm_before_gate=given["norm_before_gate"],
-    )
-    module = without(module, "weight" in source.tensors, True)
-    return settled(module, source, init, {"weight": effective(source, "weight")})
+    module = GatedRMSNorm(**known(source.settings, ARGUMENTS))
+    return settled(without(module, "weight" in source.tensors, True), source, init)
 
 
 def _gate(x: Tensor) -> dict[str, Tensor]:
@@ -166,7 +160,6 @@ NORM = NormSpec(
     name="gatedrmsnorm",
     summary="an RMS norm over groups, gated by a second input",
     paper="Dao and Gu 2024, arXiv:2405.21060",
-    attach="norm",
     classes=(GatedRMSNorm,),
     read=read,
     formula=formula,

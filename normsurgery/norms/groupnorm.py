@@ -48,13 +48,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from normsurgery.errors import WrongShape
 from normsurgery.norms.carry import (
     SMALLEST_GROUP,
     channels,
     eps_of,
+    identical_if,
     present,
     refusal,
+    require_channels,
     require_elements,
     scaled,
     settled,
@@ -64,12 +65,11 @@ from normsurgery.norms.carry import (
     without,
 )
 from normsurgery.norms.examples import randomised
-from normsurgery.norms.moments import affine_readings
+from normsurgery.norms.moments import LAWS, affine_readings, standardised
 from normsurgery.spec import (
     Conversion,
     Example,
     Fidelity,
-    Law,
     NormSpec,
     OnnxForm,
     Reading,
@@ -89,13 +89,8 @@ class TokenGroupNorm(nn.GroupNorm):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.dim() < 2 or input.shape[-1] != self.num_channels:
-            raise WrongShape(
-                "TokenGroupNorm",
-                input.shape,
-                f"(N, ..., {self.num_channels})",
-                "It normalises the last dimension; use GroupNorm if channels come second.",
-            )
+        cure = "It normalises the last dimension; use GroupNorm if channels come second."
+        require_channels("TokenGroupNorm", input, -1, self.num_channels, cure, dimensions=2)
         positions = input.reshape(-1, self.num_channels)
         y = F.group_norm(positions, self.num_groups, self.weight, self.bias, self.eps)
         return y.reshape(input.shape)
@@ -106,16 +101,11 @@ def formula(
 ) -> Tensor:
     groups, size = settings["num_groups"], settings["features"] // settings["num_groups"]
     if settings["channel_axis"] == 1:
-        grouped, over = (
-            x.reshape(x.shape[0], groups, size, *x.shape[2:]),
-            list(range(2, x.dim() + 1)),
-        )
+        grouped = x.reshape(x.shape[0], groups, size, *x.shape[2:])
+        over = list(range(2, grouped.dim()))
     else:
         grouped, over = x.reshape(*x.shape[:-1], groups, size), [-1]
-    centred = grouped - grouped.mean(over, keepdim=True)
-    variance = grouped.var(over, unbiased=False, keepdim=True)
-    y = centred / (variance + settings["eps"]).sqrt()
-    return scaled(y.reshape(x.shape), tensors, settings)
+    return scaled(standardised(grouped, over, settings).reshape(x.shape), tensors, settings)
 
 
 def read(module: nn.Module) -> Reading:
@@ -227,7 +217,7 @@ def _resolve(source: Source, options: Mapping[str, Any]) -> Mapping[str, Any]:
 def _same_groups(source: Source, options: Mapping[str, Any]) -> Fidelity:
     groups = options.get("num_groups")
     same = groups is None or groups == source.settings["num_groups"]
-    return Fidelity.IDENTICAL if same else Fidelity.RETRAIN
+    return identical_if(same)
 
 
 def _as_one_group(source: Source, options: Mapping[str, Any]) -> Fidelity:
@@ -238,14 +228,13 @@ def _as_one_group(source: Source, options: Mapping[str, Any]) -> Fidelity:
     one = _groups(source, options.get("num_groups")) == 1
     flat = source.shape is not None and len(source.shape) == 2
     same_elements = source.kind == "layernorm_chw" or source.channel_axis == -1 or flat
-    return Fidelity.IDENTICAL if one and same_elements else Fidelity.RETRAIN
+    return identical_if(one and same_elements)
 
 
 def _as_many_groups(source: Source, options: Mapping[str, Any]) -> Fidelity:
     """As many groups as channels is an instance norm."""
     each = _groups(source, options.get("num_groups")) == source.features
-    same = each and "running_mean" not in source.tensors and shares_eps(source)
-    return Fidelity.IDENTICAL if same else Fidelity.RETRAIN
+    return identical_if(each and "running_mean" not in source.tensors and shares_eps(source))
 
 
 def examples() -> tuple[Example, ...]:
@@ -266,9 +255,9 @@ def examples() -> tuple[Example, ...]:
 
 NORM = NormSpec(
     name="groupnorm",
+    also=("gn",),
     summary="over groups of channels and space of each sample",
     paper="Wu and He 2018, arXiv:1803.08494",
-    attach="norm",
     classes=(nn.GroupNorm,),
     read=read,
     formula=formula,
@@ -282,14 +271,7 @@ NORM = NormSpec(
         "layernorm": Conversion(from_any, _as_one_group, _resolve),
         "layernorm2d": Conversion(from_any, _as_one_group, _resolve),
     },
-    laws=frozenset(
-        {
-            Law.SHIFT_INVARIANT,
-            Law.SCALE_INVARIANT,
-            Law.BATCH_INDEPENDENT,
-            Law.PERMUTATION_EQUIVARIANT,
-        }
-    ),
+    laws=LAWS,
     operator=operator,
     spellings=(
         Spelling(

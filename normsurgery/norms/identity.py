@@ -69,10 +69,10 @@ def examples() -> tuple[Example, ...]:
 
 NORM = NormSpec(
     name="identity",
+    also=("none",),
     found_by_class=False,
     summary="nothing",
     paper="",
-    attach="norm",
     classes=(nn.Identity,),
     read=read,
     formula=formula,

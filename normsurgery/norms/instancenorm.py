@@ -46,12 +46,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from normsurgery.norms.batchnorm import STATISTICS, affine
+from normsurgery.norms.batchnorm import STATE, STATISTICS, affine
 from normsurgery.norms.carry import (
     along,
     channels,
     dimensions_of,
     eps_of,
+    identical_if,
     present,
     refusal,
     require_elements,
@@ -60,15 +61,15 @@ from normsurgery.norms.carry import (
     shares_eps,
     space,
     wanted_affine,
+    with_state,
     without,
 )
 from normsurgery.norms.examples import randomised
-from normsurgery.norms.moments import affine_readings
+from normsurgery.norms.moments import LAWS, affine_readings, standardised
 from normsurgery.spec import (
     Conversion,
     Example,
     Fidelity,
-    Law,
     NormSpec,
     OnnxForm,
     Reading,
@@ -88,11 +89,8 @@ def formula(
 ) -> Tensor:
     if "running_mean" in tensors and not training:
         mean, variance = (along(tensors[role], x, 1) for role in STATISTICS)
-    else:
-        over = list(range(2, x.dim()))
-        mean = x.mean(over, keepdim=True)
-        variance = x.var(over, unbiased=False, keepdim=True)
-    return scaled((x - mean) / (variance + settings["eps"]).sqrt(), tensors, settings)
+        return scaled((x - mean) / (variance + settings["eps"]).sqrt(), tensors, settings)
+    return scaled(standardised(x, list(range(2, x.dim())), settings), tensors, settings)
 
 
 def read(module: nn.Module) -> Reading:
@@ -103,8 +101,7 @@ def read(module: nn.Module) -> Reading:
         "features": module.num_features,
         "momentum": module.momentum,
     }
-    roles = ("weight", "bias", *STATISTICS, "num_batches_tracked")
-    return Reading(present(module, *roles), settings)
+    return Reading(present(module, "weight", "bias", *STATE), settings)
 
 
 def read_call(given: Mapping[str, Any], shape: tuple[int, ...], dtype: torch.dtype) -> Reading:
@@ -180,10 +177,7 @@ def from_instancenorm(source: Source, *, init: str = "copy") -> nn.Module:
         track_running_stats="running_mean" in source.tensors,
     )
     module = settled(without(module, weight, bias), source, init)
-    for role in (*STATISTICS, "num_batches_tracked"):
-        if role in source.tensors:
-            setattr(module, role, source.tensors[role].detach().clone())
-    return module
+    return with_state(module, source, STATE)
 
 
 def _resolve(source: Source, options: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -192,7 +186,7 @@ def _resolve(source: Source, options: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _from_each_channel(source: Source, options: Mapping[str, Any]) -> Fidelity:
     each = source.settings["num_groups"] == source.features
-    return Fidelity.IDENTICAL if each and shares_eps(source) else Fidelity.RETRAIN
+    return identical_if(each and shares_eps(source))
 
 
 def examples() -> tuple[Example, ...]:
@@ -213,9 +207,9 @@ def examples() -> tuple[Example, ...]:
 
 NORM = NormSpec(
     name="instancenorm",
+    also=("in",),
     summary="per channel over the space of each sample",
     paper="Ulyanov, Vedaldi and Lempitsky 2016, arXiv:1607.08022",
-    attach="norm",
     classes=(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
     read=read,
     formula=formula,
@@ -226,14 +220,7 @@ NORM = NormSpec(
         "instancenorm": Conversion(from_instancenorm, Fidelity.IDENTICAL),
         "groupnorm": Conversion(from_any, _from_each_channel, _resolve),
     },
-    laws=frozenset(
-        {
-            Law.SHIFT_INVARIANT,
-            Law.SCALE_INVARIANT,
-            Law.BATCH_INDEPENDENT,
-            Law.PERMUTATION_EQUIVARIANT,
-        }
-    ),
+    laws=LAWS,
     onnx=OnnxForm({18: ("InstanceNormalization",)}),
     hypotheses=hypotheses,
     operator=operator,

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from normsurgery.errors import WrongShape
-from normsurgery.norms.carry import channels, refusal, settled
+from normsurgery.norms.carry import channels, known, refusal, settled
 from normsurgery.spec import (
     Conversion,
     Example,
@@ -58,6 +58,7 @@ PLACES = (
     {"eps_clamp": False, "eps_outside": True},
     {"eps_clamp": False, "eps_outside": False},
 )
+ARGUMENTS = ("dim", "eps", "features", "eps_clamp", "eps_outside", "p")
 
 
 class L2Norm(nn.Module):
@@ -129,18 +130,8 @@ def formula(
 
 def read(module: nn.Module) -> Reading:
     assert isinstance(module, L2Norm)
-    settings = {
-        "eps": module.eps,
-        "dim": module.dim,
-        "channel_axis": module.dim,
-        "eps_clamp": module.eps_clamp,
-        "eps_outside": module.eps_outside,
-    }
-    if module.features is not None:
-        settings["features"] = module.features
-    if module.p != 2:
-        settings["p"] = module.p
-    return Reading({}, settings)
+    settings = known(vars(module), ARGUMENTS if module.p != 2 else ARGUMENTS[:-1])
+    return Reading({}, {"channel_axis": module.dim, **settings})
 
 
 def read_call(
@@ -179,15 +170,7 @@ def from_any(source: Source, *, init: str = "copy", eps: float = 1e-12) -> nn.Mo
 
 def from_l2norm(source: Source, *, init: str = "copy") -> nn.Module:
     """The same function as a module: for a call or a formula in a forward."""
-    module = L2Norm(
-        source.settings["dim"],
-        source.eps,
-        features=source.settings.get("features"),
-        eps_clamp=source.settings.get("eps_clamp", True),
-        eps_outside=source.settings.get("eps_outside", False),
-        p=source.settings.get("p", 2.0),
-    )
-    return settled(module, source, init)
+    return settled(L2Norm(**known(source.settings, ARGUMENTS)), source, init)
 
 
 def examples() -> tuple[Example, ...]:
@@ -210,9 +193,9 @@ def examples() -> tuple[Example, ...]:
 
 NORM = NormSpec(
     name="l2norm",
+    also=("l2",),
     summary="divides by the Euclidean length",
     paper="Liu, Rabinovich and Berg 2015, arXiv:1506.04579",
-    attach="norm",
     classes=(L2Norm,),
     read=read,
     formula=formula,

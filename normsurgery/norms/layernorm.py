@@ -41,28 +41,33 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from normsurgery.errors import WrongShape
 from normsurgery.norms.carry import (
     channels,
     effective,
     eps_of,
+    identical_if,
     present,
     require_elements,
     require_eps_in_root,
     settled,
     shares_eps,
-    space,
     wanted_affine,
     without,
 )
 from normsurgery.norms.examples import randomised
 from normsurgery.norms.layernorm2d import LayerNorm2d
-from normsurgery.norms.moments import SPELLINGS, by_deviation, spelled_readings, standardised
+from normsurgery.norms.moments import (
+    LAWS,
+    ByDeviation,
+    spelled_readings,
+    spelling_of,
+    standardised,
+    within_position,
+)
 from normsurgery.spec import (
     Conversion,
     Example,
     Fidelity,
-    Law,
     NormSpec,
     OnnxForm,
     Reading,
@@ -71,44 +76,16 @@ from normsurgery.spec import (
 )
 
 
-class StdLayerNorm(nn.Module):
-    """Layer norm over the last dimension by its standard deviation: (x - mean) / (std + eps).
+class StdLayerNorm(ByDeviation):
+    """Layer norm over the last dimension by its standard deviation: (x - mean) / (std + eps)."""
 
-    unbiased: the deviation divides by n - 1. eps_outside: eps is added to the deviation and not to
-    the variance. Raises WrongShape unless the last size is `features`.
-    """
-
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
+    axis = -1
+    cure = "It normalises the last dimension; permute the input."
 
     def __init__(
         self, features: int, eps: float = 1e-6, *, unbiased: bool = True, eps_outside: bool = True
     ) -> None:
-        super().__init__()
-        self.features, self.eps = features, eps
-        self.unbiased, self.eps_outside = unbiased, eps_outside
-        self.weight = nn.Parameter(torch.ones(features))
-        self.bias = nn.Parameter(torch.zeros(features))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dim() < 1 or x.shape[-1] != self.features:
-            raise WrongShape(
-                "StdLayerNorm",
-                x.shape,
-                f"(..., {self.features})",
-                "It normalises the last dimension; permute the input.",
-            )
-        spelling = {"unbiased": self.unbiased, "eps_outside": self.eps_outside}
-        y = by_deviation(x, [-1], self.eps, **spelling)
-        y = y if self.weight is None else y * self.weight
-        y = y if self.bias is None else y + self.bias
-        return y.to(x.dtype)
-
-    def extra_repr(self) -> str:
-        return (
-            f"{self.features}, eps={self.eps}, unbiased={self.unbiased}, "
-            f"eps_outside={self.eps_outside}"
-        )
+        super().__init__(features, eps, unbiased=unbiased, eps_outside=eps_outside)
 
 
 def formula(
@@ -130,30 +107,18 @@ def _shaped(vector: Tensor, sizes: list[int]) -> Tensor:
 
 def read(module: nn.Module) -> Reading:
     assert isinstance(module, (nn.LayerNorm, StdLayerNorm))
-    if isinstance(module, StdLayerNorm):
-        sizes = [module.features]
-        spelling = {"eps_outside": module.eps_outside, "unbiased": module.unbiased}
-    else:
-        sizes, spelling = list(module.normalized_shape), SPELLINGS[0]
-    settings = {
-        "eps": module.eps,
-        "channel_axis": -1,
-        "features": sizes[-1],
-        "normalized_shape": sizes,
-        **spelling,
-    }
+    sizes = [module.features] if isinstance(module, StdLayerNorm) else list(module.normalized_shape)
+    settings = {"eps": module.eps, **_over(sizes), **spelling_of(vars(module))}
     return Reading(present(module, "weight", "bias"), settings)
+
+
+def _over(sizes: list[int]) -> dict[str, Any]:
+    return {"channel_axis": -1, "features": sizes[-1], "normalized_shape": sizes}
 
 
 def read_call(given: Mapping[str, Any], shape: tuple[int, ...], dtype: torch.dtype) -> Reading:
     sizes = [int(size) for size in given["normalized_shape"]]
-    settings = {
-        "eps": given["eps"],
-        "channel_axis": -1,
-        "features": sizes[-1],
-        "normalized_shape": sizes,
-    }
-    return Reading({"weight": "weight", "bias": "bias"}, settings)
+    return Reading({"weight": "weight", "bias": "bias"}, {"eps": given["eps"], **_over(sizes)})
 
 
 def operator(reading: Reading) -> str:
@@ -165,8 +130,7 @@ def hypotheses(shape: tuple[int, ...], tensors: Mapping[str, tuple[int, ...]]) -
     """Over the last k dimensions, every spelling, tensors of that size in either role."""
     for count in range(1, max(2, len(shape))):
         sizes = list(shape[-count:])
-        settings = {"channel_axis": -1, "features": sizes[-1], "normalized_shape": sizes}
-        yield from spelled_readings(tensors, torch.Size(sizes).numel(), settings)
+        yield from spelled_readings(tensors, torch.Size(sizes).numel(), _over(sizes))
 
 
 def from_any(source: Source, *, init: str = "copy", affine: bool | None = None) -> nn.Module:
@@ -183,19 +147,13 @@ def from_any(source: Source, *, init: str = "copy", affine: bool | None = None) 
 
 def from_layernorm(source: Source, *, init: str = "copy") -> nn.Module:
     """The same function as a module: for a call or a formula in a forward."""
-    settings = source.settings
-    sizes = list(settings["normalized_shape"])
+    sizes, spelling = list(source.settings["normalized_shape"]), spelling_of(source.settings)
     weight, bias = wanted_affine(source, None)
     module: nn.Module
-    if settings.get("eps_outside", False) or settings.get("unbiased", False):
+    if any(spelling.values()):
         if len(sizes) > 1:
             channels(source, "layernorm")
-        module = StdLayerNorm(
-            sizes[-1],
-            eps=source.eps,
-            unbiased=settings.get("unbiased", False),
-            eps_outside=settings.get("eps_outside", False),
-        )
+        module = StdLayerNorm(sizes[-1], eps=source.eps, **spelling)
     else:
         module = nn.LayerNorm(sizes, eps=source.eps, elementwise_affine=weight or bias)
     values = {role: effective(source, role, sizes) for role in ("weight", "bias")}
@@ -207,15 +165,8 @@ def _flat(source: Source) -> bool:
     return source.shape is not None and len(source.shape) == 2
 
 
-def _within_position(source: Source, options: Mapping[str, Any]) -> Fidelity:
-    """One group whose statistics see one position only is a layer norm."""
-    alone = source.channel_axis == -1 or (source.shape is not None and space(source) == 1)
-    one = source.settings.get("num_groups", 1) == 1
-    return Fidelity.IDENTICAL if alone and one and shares_eps(source) else Fidelity.RETRAIN
-
-
 def _standard(source: Source, options: Mapping[str, Any]) -> Fidelity:
-    return Fidelity.IDENTICAL if shares_eps(source) else Fidelity.RETRAIN
+    return identical_if(shares_eps(source))
 
 
 def examples() -> tuple[Example, ...]:
@@ -231,9 +182,9 @@ def examples() -> tuple[Example, ...]:
 
 NORM = NormSpec(
     name="layernorm",
+    also=("ln",),
     summary="over the last dimensions of each position",
     paper="Ba, Kiros and Hinton 2016, arXiv:1607.06450",
-    attach="norm",
     classes=(nn.LayerNorm, StdLayerNorm),
     read=read,
     formula=formula,
@@ -244,17 +195,10 @@ NORM = NormSpec(
         "*": Conversion(from_any, Fidelity.RETRAIN),
         "layernorm": Conversion(from_layernorm, Fidelity.IDENTICAL),
         "layernorm2d": Conversion(from_any, _standard),
-        "groupnorm": Conversion(from_any, _within_position),
-        "layernorm_chw": Conversion(from_any, _within_position),
+        "groupnorm": Conversion(from_any, within_position),
+        "layernorm_chw": Conversion(from_any, within_position),
     },
-    laws=frozenset(
-        {
-            Law.SHIFT_INVARIANT,
-            Law.SCALE_INVARIANT,
-            Law.BATCH_INDEPENDENT,
-            Law.PERMUTATION_EQUIVARIANT,
-        }
-    ),
+    laws=LAWS,
     operator=operator,
     spellings=(
         Spelling(

@@ -34,34 +34,38 @@ Reference
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from normsurgery.errors import WrongShape
 from normsurgery.norms.carry import (
     channels,
     eps_of,
-    present,
+    identical_if,
     require_elements,
     require_eps_in_root,
     scaled,
     settled,
     shares_eps,
-    space,
     wanted_affine,
     without,
 )
 from normsurgery.norms.examples import randomised
-from normsurgery.norms.moments import by_deviation, spelled_readings, standardised
+from normsurgery.norms.moments import (
+    LAWS,
+    ByDeviation,
+    hypotheses,
+    read,
+    spelling_of,
+    standardised,
+    within_position,
+)
 from normsurgery.spec import (
     Conversion,
     Example,
     Fidelity,
-    Law,
     NormSpec,
     OnnxForm,
     Reading,
@@ -69,55 +73,18 @@ from normsurgery.spec import (
 )
 
 
-class LayerNorm2d(nn.Module):
-    """Layer norm over axis 1 of (N, C, ...). Output keeps the input's dtype and memory format.
+class LayerNorm2d(ByDeviation):
+    """Layer norm over axis 1 of (N, C, ...). Output keeps the input's dtype and memory format."""
 
-    unbiased: the variance divides by n - 1. eps_outside: eps is added to the standard deviation and
-    not to the variance. Raises WrongShape unless the second size is `num_channels`.
-    """
-
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
-
-    def __init__(
-        self,
-        num_channels: int,
-        eps: float = 1e-6,
-        *,
-        unbiased: bool = False,
-        eps_outside: bool = False,
-    ) -> None:
-        super().__init__()
-        self.num_channels, self.eps = num_channels, eps
-        self.unbiased, self.eps_outside = unbiased, eps_outside
-        self.weight = nn.Parameter(torch.ones(num_channels))
-        self.bias = nn.Parameter(torch.zeros(num_channels))
+    cure = "It normalises the second dimension; use LayerNorm if channels come last."
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() < 2 or x.shape[1] != self.num_channels:
-            raise WrongShape(
-                "LayerNorm2d",
-                x.shape,
-                f"(N, {self.num_channels}, ...)",
-                "It normalises the second dimension; use LayerNorm if channels come last.",
-            )
-        last = x.movedim(1, -1)
         if self.unbiased or self.eps_outside:
-            y = self._by_deviation(last)
-        else:
-            y = F.layer_norm(last, (self.num_channels,), self.weight, self.bias, self.eps)
-        y = y.movedim(-1, 1)
+            return super().forward(x)
+        self.require_channels(x, self.cure)
+        last = x.movedim(1, -1)
+        y = F.layer_norm(last, (self.features,), self.weight, self.bias, self.eps).movedim(-1, 1)
         return y.contiguous() if x.is_contiguous() else y
-
-    def _by_deviation(self, last: Tensor) -> Tensor:
-        spelling = {"unbiased": self.unbiased, "eps_outside": self.eps_outside}
-        y = by_deviation(last, [-1], self.eps, **spelling)
-        y = y if self.weight is None else y * self.weight
-        y = y if self.bias is None else y + self.bias
-        return y.to(last.dtype)
-
-    def extra_repr(self) -> str:
-        return f"{self.num_channels}, eps={self.eps}"
 
 
 def formula(
@@ -126,28 +93,9 @@ def formula(
     return scaled(standardised(x, [1], settings), tensors, settings)
 
 
-def read(module: nn.Module) -> Reading:
-    assert isinstance(module, LayerNorm2d)
-    settings = {
-        "eps": module.eps,
-        "channel_axis": 1,
-        "features": module.num_channels,
-        "eps_outside": module.eps_outside,
-        "unbiased": module.unbiased,
-    }
-    return Reading(present(module, "weight", "bias"), settings)
-
-
 def operator(reading: Reading) -> str:
     require_eps_in_root(reading)
     return "LayerNormalization"
-
-
-def hypotheses(shape: tuple[int, ...], tensors: Mapping[str, tuple[int, ...]]) -> Iterator[Reading]:
-    """Over the second of at least three dimensions, every spelling, vectors in either role."""
-    if len(shape) > 2:
-        settings = {"channel_axis": 1, "features": shape[1]}
-        yield from spelled_readings(tensors, shape[1], settings)
 
 
 def from_any(source: Source, *, init: str = "copy", affine: bool | None = None) -> nn.Module:
@@ -164,25 +112,13 @@ def from_any(source: Source, *, init: str = "copy", affine: bool | None = None) 
 
 def from_layernorm2d(source: Source, *, init: str = "copy") -> nn.Module:
     """The same function as a module: for a formula in a forward."""
-    module = LayerNorm2d(
-        source.features,
-        eps=source.eps,
-        unbiased=source.settings.get("unbiased", False),
-        eps_outside=source.settings.get("eps_outside", False),
-    )
+    module = LayerNorm2d(source.features, source.eps, **spelling_of(source.settings))
     return settled(without(module, *wanted_affine(source, None)), source, init)
 
 
 def _standard(source: Source, options: Mapping[str, Any]) -> Fidelity:
     one = len(source.settings["normalized_shape"]) == 1
-    return Fidelity.IDENTICAL if one and shares_eps(source) else Fidelity.RETRAIN
-
-
-def _within_position(source: Source, options: Mapping[str, Any]) -> Fidelity:
-    """One group whose statistics see one position only is a layer norm."""
-    alone = source.channel_axis == -1 or (source.shape is not None and space(source) == 1)
-    one = source.settings.get("num_groups", 1) == 1
-    return Fidelity.IDENTICAL if alone and one and shares_eps(source) else Fidelity.RETRAIN
+    return identical_if(one and shares_eps(source))
 
 
 def examples() -> tuple[Example, ...]:
@@ -201,9 +137,9 @@ def examples() -> tuple[Example, ...]:
 
 NORM = NormSpec(
     name="layernorm2d",
+    also=("ln2d",),
     summary="over the channels of each pixel of (N, C, H, W)",
     paper="Liu et al. 2022, arXiv:2201.03545; Ba, Kiros and Hinton 2016, arXiv:1607.06450",
-    attach="norm",
     classes=(LayerNorm2d,),
     read=read,
     formula=formula,
@@ -213,17 +149,10 @@ NORM = NormSpec(
         "*": Conversion(from_any, Fidelity.RETRAIN),
         "layernorm2d": Conversion(from_layernorm2d, Fidelity.IDENTICAL),
         "layernorm": Conversion(from_any, _standard),
-        "groupnorm": Conversion(from_any, _within_position),
-        "layernorm_chw": Conversion(from_any, _within_position),
+        "groupnorm": Conversion(from_any, within_position),
+        "layernorm_chw": Conversion(from_any, within_position),
     },
-    laws=frozenset(
-        {
-            Law.SHIFT_INVARIANT,
-            Law.SCALE_INVARIANT,
-            Law.BATCH_INDEPENDENT,
-            Law.PERMUTATION_EQUIVARIANT,
-        }
-    ),
+    laws=LAWS,
     operator=operator,
     onnx=OnnxForm({18: ("Transpose", "LayerNormalization", "Transpose")}),
     hypotheses=hypotheses,

@@ -37,18 +37,15 @@ Reference
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from normsurgery.errors import WrongShape
 from normsurgery.norms.carry import (
-    along,
     channels,
     eps_of,
-    present,
+    identical_if,
     refusal,
     require_elements,
     require_eps_in_root,
@@ -60,12 +57,18 @@ from normsurgery.norms.carry import (
     without,
 )
 from normsurgery.norms.examples import randomised
-from normsurgery.norms.moments import SPELLINGS, by_deviation, spelled_readings, standardised
+from normsurgery.norms.moments import (
+    LAWS,
+    ByDeviation,
+    hypotheses,
+    read,
+    spelling_of,
+    standardised,
+)
 from normsurgery.spec import (
     Conversion,
     Example,
     Fidelity,
-    Law,
     NormSpec,
     OnnxForm,
     Reading,
@@ -73,50 +76,21 @@ from normsurgery.spec import (
 )
 
 
-class LayerNormCHW(nn.Module):
+class LayerNormCHW(ByDeviation):
     """Norm of each sample of (N, C, ...) by its standard deviation, affine per channel.
 
-    unbiased: the variance divides by n - 1. eps_outside: eps is added to the deviation and not to
-    the variance; with neither it is `torch.nn.GroupNorm(1, C)`. Raises WrongShape unless the second
-    size is `num_channels`.
+    With neither `unbiased` nor `eps_outside` it is `torch.nn.GroupNorm(1, C)`.
     """
 
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
+    cure = "Channels must be the second dimension; permute the input."
 
     def __init__(
-        self,
-        num_channels: int,
-        eps: float = 1e-5,
-        *,
-        unbiased: bool = False,
-        eps_outside: bool = False,
+        self, features: int, eps: float = 1e-5, *, unbiased: bool = False, eps_outside: bool = False
     ) -> None:
-        super().__init__()
-        self.num_channels, self.eps = num_channels, eps
-        self.unbiased, self.eps_outside = unbiased, eps_outside
-        self.weight = nn.Parameter(torch.ones(num_channels))
-        self.bias = nn.Parameter(torch.zeros(num_channels))
+        super().__init__(features, eps, unbiased=unbiased, eps_outside=eps_outside)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dim() < 2 or x.shape[1] != self.num_channels:
-            raise WrongShape(
-                "LayerNormCHW",
-                x.shape,
-                f"(N, {self.num_channels}, ...)",
-                "Channels must be the second dimension; permute the input.",
-            )
-        spelling = {"unbiased": self.unbiased, "eps_outside": self.eps_outside}
-        y = by_deviation(x, list(range(1, x.dim())), self.eps, **spelling)
-        y = y if self.weight is None else y * along(self.weight, y, 1)
-        y = y if self.bias is None else y + along(self.bias, y, 1)
-        return y.to(x.dtype)
-
-    def extra_repr(self) -> str:
-        return (
-            f"{self.num_channels}, eps={self.eps}, unbiased={self.unbiased}, "
-            f"eps_outside={self.eps_outside}"
-        )
+    def over(self, x: Tensor) -> list[int]:
+        return list(range(1, x.dim()))
 
 
 def formula(
@@ -125,32 +99,9 @@ def formula(
     return scaled(standardised(x, list(range(1, x.dim())), settings), tensors, settings)
 
 
-def read(module: nn.Module) -> Reading:
-    """Of a LayerNormCHW, or of a `torch.nn.GroupNorm` of one group."""
-    assert isinstance(module, (LayerNormCHW, nn.GroupNorm))
-    if isinstance(module, LayerNormCHW):
-        spelling = {"eps_outside": module.eps_outside, "unbiased": module.unbiased}
-    else:
-        spelling = SPELLINGS[0]
-    settings = {
-        "eps": module.eps,
-        "channel_axis": 1,
-        "features": module.num_channels,
-        **spelling,
-    }
-    return Reading(present(module, "weight", "bias"), settings)
-
-
 def operator(reading: Reading) -> str:
     require_eps_in_root(reading)
     return "GroupNormalization"
-
-
-def hypotheses(shape: tuple[int, ...], tensors: Mapping[str, tuple[int, ...]]) -> Iterator[Reading]:
-    """Over all but the first of at least three dimensions, vectors of C in either role."""
-    if len(shape) > 2:
-        settings = {"channel_axis": 1, "features": shape[1]}
-        yield from spelled_readings(tensors, shape[1], settings)
 
 
 def from_any(source: Source, *, init: str = "copy", affine: bool | None = None) -> nn.Module:
@@ -176,13 +127,10 @@ def _check(source: Source) -> None:
 
 def from_layernorm_chw(source: Source, *, init: str = "copy") -> nn.Module:
     """The same function as a module: for a formula in a forward."""
-    unbiased = source.settings.get("unbiased", False)
-    outside = source.settings.get("eps_outside", False)
+    spelling = spelling_of(source.settings)
     module: nn.Module
-    if unbiased or outside:
-        module = LayerNormCHW(
-            source.features, eps=source.eps, unbiased=unbiased, eps_outside=outside
-        )
+    if any(spelling.values()):
+        module = LayerNormCHW(source.features, source.eps, **spelling)
     else:
         module = nn.GroupNorm(1, source.features, eps=source.eps)
     return settled(without(module, *wanted_affine(source, None)), source, init)
@@ -190,13 +138,13 @@ def from_layernorm_chw(source: Source, *, init: str = "copy") -> nn.Module:
 
 def _one_group(source: Source, options: Mapping[str, Any]) -> Fidelity:
     one = source.settings["num_groups"] == 1
-    return Fidelity.IDENTICAL if one and shares_eps(source) else Fidelity.RETRAIN
+    return identical_if(one and shares_eps(source))
 
 
 def _no_space(source: Source, options: Mapping[str, Any]) -> Fidelity:
     """Of (N, C) inputs a norm over the channels of a position is one of the sample."""
     flat = source.shape is not None and len(source.shape) == 2
-    return Fidelity.IDENTICAL if flat and shares_eps(source) else Fidelity.RETRAIN
+    return identical_if(flat and shares_eps(source))
 
 
 def examples() -> tuple[Example, ...]:
@@ -216,7 +164,6 @@ NORM = NormSpec(
     name="layernorm_chw",
     summary="over channels and space of each sample, affine per channel",
     paper="Ba, Kiros and Hinton 2016, arXiv:1607.06450",
-    attach="norm",
     classes=(LayerNormCHW,),
     read=read,
     formula=formula,
@@ -227,14 +174,7 @@ NORM = NormSpec(
         "groupnorm": Conversion(from_any, _one_group),
         "layernorm2d": Conversion(from_any, _no_space),
     },
-    laws=frozenset(
-        {
-            Law.SHIFT_INVARIANT,
-            Law.SCALE_INVARIANT,
-            Law.BATCH_INDEPENDENT,
-            Law.PERMUTATION_EQUIVARIANT,
-        }
-    ),
+    laws=LAWS,
     operator=operator,
     onnx=OnnxForm({18: ("Reshape", "InstanceNormalization", "Reshape", "Mul", "Add")}),
     hypotheses=hypotheses,

@@ -174,9 +174,9 @@ def examples() -> tuple[Example, ...]:
 
 NORM = NormSpec(
     name="localresponsenorm",
+    also=("lrn",),
     summary="divides by the energy of neighbouring channels",
     paper="Krizhevsky, Sutskever and Hinton 2012",
-    attach="norm",
     classes=(nn.LocalResponseNorm,),
     read=read,
     formula=formula,

@@ -41,14 +41,17 @@ import torch
 from torch import Tensor, nn
 
 from normsurgery.norms.carry import (
+    PerChannel,
+    all_but,
     along,
     channels,
     eps_of,
+    known,
     present,
-    require_channels,
     scaled,
     settled,
     wanted_affine,
+    with_state,
     without,
 )
 from normsurgery.norms.examples import randomised
@@ -94,31 +97,26 @@ class _Divide(torch.autograd.Function):
         return dx, None, None, None, None
 
 
-class PowerNorm(nn.Module):
+class PowerNorm(PerChannel):
     """Power norm of (..., C), or of (N, C, ...) with `channel_axis=1`.
 
     Buffers `running_square` and `running_product`, (features,). Raises WrongShape unless the size
     of the channel axis is `features`.
     """
 
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
     running_square: Tensor
     running_product: Tensor
 
     def __init__(
         self, features: int, eps: float = 1e-5, *, momentum: float = 0.1, channel_axis: int = -1
     ) -> None:
-        super().__init__()
-        self.features, self.eps, self.momentum = features, eps, momentum
-        self.channel_axis = channel_axis
-        self.weight = nn.Parameter(torch.ones(features))
-        self.bias = nn.Parameter(torch.zeros(features))
+        super().__init__(features, channel_axis)
+        self.eps, self.momentum = eps, momentum
         self.register_buffer("running_square", torch.ones(features))
         self.register_buffer("running_product", torch.zeros(features))
 
     def forward(self, x: Tensor) -> Tensor:
-        require_channels("powernorm", x, self.channel_axis, self.features)
+        self.require_channels(x)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         square = along(self.running_square, x, self.channel_axis).to(wide.dtype)
         root = (square + self.eps).sqrt()
@@ -129,9 +127,7 @@ class PowerNorm(nn.Module):
             self.running_square.copy_(update(wide.detach(), own, vars(self))["running_square"])
         else:
             y = wide / root
-        y = y if self.weight is None else y * along(self.weight, x, self.channel_axis)
-        y = y if self.bias is None else y + along(self.bias, x, self.channel_axis)
-        return y.to(x.dtype)
+        return self.affined(y).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.features}, eps={self.eps}, channel_axis={self.channel_axis}"
@@ -148,7 +144,7 @@ def update(
     x: Tensor, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """Of a forward; `running_product` is moved by backward."""
-    square = x.square().mean([d for d in range(x.dim()) if d != settings["channel_axis"] % x.dim()])
+    square = x.square().mean(all_but(x, settings["channel_axis"]))
     old = tensors["running_square"]
     return {"running_square": old.lerp(square.to(old.dtype), settings["momentum"])}
 
@@ -161,7 +157,7 @@ def gradient(
     training: bool,
 ) -> dict[str, Tensor]:
     axis = settings["channel_axis"]
-    over = [d for d in range(x.dim()) if d != axis % x.dim()]
+    over = all_but(x, axis)
     root = (along(tensors["running_square"], x, axis) + settings["eps"]).sqrt()
     hat = x / root
     inner = g * along(tensors["weight"], x, axis) if "weight" in tensors else g
@@ -179,8 +175,7 @@ def affine(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> ScaleA
 
 def read(module: nn.Module) -> Reading:
     assert isinstance(module, PowerNorm)
-    names = ("eps", "channel_axis", "features", "momentum")
-    settings = {name: getattr(module, name) for name in names}
+    settings = known(vars(module), ("eps", "channel_axis", "features", "momentum"))
     return Reading(present(module, "weight", "bias", *STATE), settings)
 
 
@@ -190,10 +185,7 @@ def build(source: Source, *, init: str = "copy", momentum: float | None = None) 
     chosen = next((float(m) for m in (momentum, kept) if m is not None), 0.1)
     module = PowerNorm(features, eps_of(source), momentum=chosen, channel_axis=axis)
     module = settled(without(module, *wanted_affine(source, None)), source, init)
-    for role in STATE:
-        if init == "copy" and role in source.tensors:
-            module.get_buffer(role).copy_(source.tensors[role].detach().reshape(-1))
-    return module
+    return with_state(module, source, STATE if init == "copy" else ())
 
 
 def examples() -> tuple[Example, ...]:
@@ -207,7 +199,6 @@ NORM = NormSpec(
     name="powernorm",
     summary="divides by a running root mean square per channel",
     paper="Shen et al. 2020, arXiv:2003.07845",
-    attach="norm",
     classes=(PowerNorm,),
     read=read,
     formula=formula,

@@ -395,9 +395,9 @@ def examples() -> tuple[Example, ...]:
 
 NORM = NormSpec(
     name="randomaggregation",
+    also=("rna",),
     summary="an ensemble of norms, one drawn per layer and batch",
     paper="NeurIPS 2022",
-    attach="norm",
     classes=(RandomAggregation,),
     read=read,
     formula=formula,

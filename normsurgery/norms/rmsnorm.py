@@ -47,14 +47,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from normsurgery.errors import NoOperator, UsageError, WrongShape
+from normsurgery.errors import NoOperator, UsageError
 from normsurgery.norms.carry import (
     along,
     channels,
     effective,
     eps_of,
+    identical_if,
+    known,
     present,
     refusal,
+    require_channels,
     require_eps_in_root,
     settled,
 )
@@ -107,7 +110,7 @@ class RMSNorm(nn.Module):
         self.register_parameter("weight", nn.Parameter(neutral) if elementwise_affine else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        self._check(x)
+        require_channels("RMSNorm", x, self.channel_axis, self.features)
         wide = x.float() if self.cast != "none" and x.dtype in HALF else x
         mean_square = wide.square().mean(self.channel_axis, keepdim=True)
         if self.eps_outside:
@@ -121,18 +124,6 @@ class RMSNorm(nn.Module):
             weight = weight + self.weight_offset if self.weight_offset else weight
             y = y * along(weight, x, self.channel_axis)
         return y.to(x.dtype) if self.cast != "float32" else y
-
-    def _check(self, x: Tensor) -> None:
-        needed = 2 if self.channel_axis == 1 else 1
-        if x.dim() >= needed and x.shape[self.channel_axis] == self.features:
-            return
-        second = self.channel_axis == 1
-        raise WrongShape(
-            "RMSNorm",
-            x.shape,
-            f"(N, {self.features}, ...)" if second else f"(..., {self.features})",
-            f"Its channel_axis is {self.channel_axis}; permute the input or set it.",
-        )
 
     def extra_repr(self) -> str:
         return (
@@ -161,32 +152,23 @@ def formula(
 
 def read(module: nn.Module) -> Reading:
     assert isinstance(module, (nn.RMSNorm, RMSNorm))
-    tensors = present(module, "weight")
     if isinstance(module, RMSNorm):
-        settings: dict[str, Any] = {
-            "eps": module.eps,
-            "channel_axis": module.channel_axis,
-            "features": module.features,
-            "weight_offset": module.weight_offset,
-            "cast": module.cast,
-            "eps_outside": module.eps_outside,
-        }
-        if module.channel_axis == -1:
-            settings["normalized_shape"] = [module.features]
-        return Reading(tensors, settings)
-    sizes = list(module.normalized_shape)
-    return Reading(
-        tensors,
-        {
+        names = ("eps", "channel_axis", "features", "weight_offset", "cast", "eps_outside")
+        settings = known(vars(module), names)
+        sizes = [module.features]
+    else:
+        sizes = list(module.normalized_shape)
+        settings = {
             "eps": _torch_eps(module),
             "channel_axis": -1,
             "features": sizes[-1],
-            "normalized_shape": sizes,
             "weight_offset": 0.0,
             "cast": NATIVE_CAST,
             "eps_outside": False,
-        },
-    )
+        }
+    if settings["channel_axis"] == -1:
+        settings["normalized_shape"] = sizes
+    return Reading(present(module, "weight"), settings)
 
 
 def _torch_eps(module: nn.RMSNorm) -> float:
@@ -330,7 +312,7 @@ def from_rmsnorm(
 def _near_zero(source: Source, options: Mapping[str, Any]) -> Fidelity:
     elsewhere = source.settings.get("eps_clamp", True) or source.settings.get("eps_outside")
     same = (source.eps == 0.0 or not elsewhere) and source.settings.get("p", 2.0) == 2.0
-    return Fidelity.IDENTICAL if same else Fidelity.RETRAIN
+    return identical_if(same)
 
 
 def examples() -> tuple[Example, ...]:
@@ -357,9 +339,9 @@ def examples() -> tuple[Example, ...]:
 
 NORM = NormSpec(
     name="rmsnorm",
+    also=("rms",),
     summary="divides by the root mean square, no centring",
     paper="Zhang and Sennrich 2019, arXiv:1910.07467",
-    attach="norm",
     classes=(nn.RMSNorm, RMSNorm),
     read=read,
     formula=formula,

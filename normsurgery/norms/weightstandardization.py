@@ -264,6 +264,7 @@ def examples() -> tuple[Example, ...]:
 
 NORM = NormSpec(
     name="weightstandardization",
+    also=("ws",),
     summary="standardises a weight per output channel",
     paper="arXiv 1903.10520",
     attach="weight",

@@ -104,6 +104,7 @@ NORM = NormSpec(
     conversions={
         "*": Conversion(build, Fidelity.RETRAIN),
         "runningrms": Conversion(build, Fidelity.IDENTICAL),
+        "powernorm": Conversion(build, Fidelity.EVAL),
     },
     laws=frozenset({Law.SCALE_INVARIANT, Law.PERMUTATION_EQUIVARIANT, Law.AFFINE_IN_EVAL}),
     onnx=OnnxForm({18: ("Mul", "Add")}),
