@@ -56,8 +56,8 @@ from normsurgery.norms.carry import (
     dimensions_of,
     eps_of,
     present,
-    refusal,
     require_channels,
+    require_rank,
     scaled,
     settled,
     wanted_affine,
@@ -228,14 +228,7 @@ def _dimensions(source: Source, dimensions: int | None) -> int:
     known = dimensions_of(source)
     if dimensions is None and known is not None:
         dimensions = max(1, known)
-    if dimensions not in BY_RANK:
-        raise refusal(
-            source,
-            "batchnorm",
-            "torch has one class each for 1, 2 and 3 dimensions of space, and which is not known",
-            "Give example inputs, or set dimensions=1, 2 or 3.",
-        )
-    return dimensions
+    return require_rank(source, "batchnorm", dimensions)
 
 
 def _fresh(

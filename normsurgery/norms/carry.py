@@ -157,6 +157,18 @@ def dimensions_of(source: Source) -> int | None:
     return None if source.shape is None else len(source.shape) - 2
 
 
+def require_rank(source: Source, to: str, dimensions: int | None) -> int:
+    """Refuse dimensions of space for which torch has no class of its own."""
+    if dimensions in (1, 2, 3):
+        return dimensions
+    raise refusal(
+        source,
+        to,
+        "torch has one class each for 1, 2 and 3 dimensions of space, and which is not known",
+        "Give example inputs, or set dimensions=1, 2 or 3.",
+    )
+
+
 def require_elements(source: Source, to: str, elements: int, cure: str) -> None:
     """Refuse a norm with so few elements per statistic that it is constant or has no gradient."""
     if elements >= SMALLEST_GROUP:

@@ -192,11 +192,7 @@ def from_any(
     num_groups: int | None = None,
     affine: bool | None = None,
 ) -> nn.Module:
-    groups = _groups(source, num_groups)
-    weight, bias = wanted_affine(source, affine)
-    kind = nn.GroupNorm if source.channel_axis == 1 else TokenGroupNorm
-    module = kind(groups, source.features, eps=eps_of(source), affine=weight or bias)
-    return settled(without(module, weight, bias), source, init)
+    return _built(source, init, _groups(source, num_groups), eps_of(source), affine)
 
 
 def from_groupnorm(
@@ -204,9 +200,13 @@ def from_groupnorm(
 ) -> nn.Module:
     """The same function as a module, for a call or a formula; or another number of groups."""
     groups = source.settings["num_groups"] if num_groups is None else _groups(source, num_groups)
-    weight, bias = wanted_affine(source, None)
+    return _built(source, init, groups, source.eps, None)
+
+
+def _built(source: Source, init: str, groups: int, eps: float, affine: bool | None) -> nn.Module:
+    weight, bias = wanted_affine(source, affine)
     kind = nn.GroupNorm if source.channel_axis == 1 else TokenGroupNorm
-    module = kind(groups, source.features, eps=source.eps, affine=weight or bias)
+    module = kind(groups, source.features, eps=eps, affine=weight or bias)
     return settled(without(module, weight, bias), source, init)
 
 

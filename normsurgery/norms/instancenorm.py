@@ -56,6 +56,7 @@ from normsurgery.norms.carry import (
     present,
     refusal,
     require_elements,
+    require_rank,
     scaled,
     settled,
     shares_eps,
@@ -142,14 +143,7 @@ def _dimensions(source: Source, dimensions: int | None) -> int:
     if source.shape is not None and source.kind != "instancenorm":
         cure = "Use groupnorm, whose groups span channels, or batchnorm."
         require_elements(source, "instancenorm", space(source), cure)
-    if dimensions not in BY_RANK:
-        raise refusal(
-            source,
-            "instancenorm",
-            "torch has one class each for 1, 2 and 3 dimensions of space, and which is not known",
-            "Give example inputs, or set dimensions=1, 2 or 3.",
-        )
-    return dimensions
+    return require_rank(source, "instancenorm", dimensions)
 
 
 def from_any(
