@@ -17,6 +17,7 @@ from normsurgery.flow.measured_calls import relatives
 from normsurgery.folding.checks import Check
 from normsurgery.inputs import Inputs
 from normsurgery.norms.examples import randomised
+from normsurgery.steps import Merge
 
 C = 4
 X = torch.randn(2, C, 6, 6, dtype=torch.float64)
@@ -205,6 +206,51 @@ def test_an_output_beside_those_of_the_example_is_named_and_binds_where_it_was_a
     _, report = fold(model, calls=[{"features": True}])
     (skip,) = (skip for skip in report.plan.skips if skip.path == "norm")
     assert skip.reason.startswith(Check.RETURNED.value)
+
+
+class Stages(nn.Module):
+    """A norm that goes backwards, one that goes forwards, and a sum; all can be asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(C, C, 1), nn.BatchNorm2d(C)
+        self.left = nn.Sequential(nn.Conv2d(C, C, 1), nn.BatchNorm2d(C))
+        self.right = nn.Sequential(nn.Conv2d(C, C, 1), nn.BatchNorm2d(C))
+        self.norm, self.head = nn.GroupNorm(2, C), nn.Conv2d(C, C, 1)
+
+    def forward(self, x: Tensor, stages: bool = False, branch: bool = False) -> Any:
+        raw = self.conv(x)
+        first = self.bn(raw).relu()
+        left = self.left(first)
+        total = (left + self.right(first)).relu()
+        normed = self.norm(total)
+        y = self.head(normed)
+        given = (y, raw, first, total, normed) if stages else (y,)
+        return (*given, left) if branch else given
+
+
+def test_the_outputs_that_are_named_are_those_that_hold_other_numbers() -> None:
+    model = ready(Stages)
+    folded, report = fold(model)
+    (named,) = [call.changed for call in report.plan.calls if call.changed]
+    with torch.no_grad():
+        pairs = zip(folded(X, True, True), model(X, True, True), strict=True)
+        other = [not torch.allclose(after, before) for after, before in pairs]
+    assert other == [False, True, False, False, True, False]
+    assert named == ("1", "4")
+
+
+class NoBranch(Stages):
+    def forward(self, x: Tensor, stages: bool = False) -> Any:
+        return super().forward(x, stages)
+
+
+@pytest.mark.parametrize(("model", "merged"), [(Stages, False), (NoBranch, True)])
+def test_a_branch_that_some_call_returns_stays_a_branch(
+    model: type[nn.Module], merged: bool
+) -> None:
+    _, report = fold(ready(model))
+    assert any(isinstance(step, Merge) for step in report.plan.steps) is merged
 
 
 def test_a_step_names_the_modules_that_give_other_numbers() -> None:

@@ -347,6 +347,11 @@ def _branch_sum(
     owner = _owner(ground, output, branches)
     for branch in branches:
         require_own(ground, branch, owner)
+        # A branch that is gone gives no tensor, which is more than other numbers in an output.
+        made = {value for node in branch.nodes for value in outputs_of(node)}
+        returned = made.intersection(ground.flow.outputs.values())
+        if returned:
+            raise Refused(Check.RETURNED, ground.name(returned.pop()))
         for value in branch.between:
             ground.require_only(value, [node for other in branches for node in other.nodes])
     others = [branch for branch in branches if branch is not kept]

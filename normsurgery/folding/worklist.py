@@ -252,6 +252,7 @@ def take(taken: Taken, indices: Collection[int]) -> None:
     ground.untied |= proposal.agreed.untied
     ground.changed |= proposal.changed
     ground.absorbing |= {node for landing in proposal.landings for node in landing.nodes}
+    ground.absorbing |= {node for run in taken.runs for node in run.nodes}
     if proposal.gone:
         ground.gone.update({run.end: run.start for run in taken.runs})
 
