@@ -208,7 +208,7 @@ def test_selection_reaches_the_fold(file: Callable[[nn.Module], Path]) -> None:
     assert sorted(folded("--only", "norm", "--only", "gr*")) == ["group", "norm"]
     assert sorted(folded("--exclude", "scale")) == ["group", "norm"]
     told = run("fold", path, *INPUT, "--kind", "gn", "--dry-run").stdout
-    assert told.splitlines()[-1] == "3 left alone: not selected"
+    assert "3 left alone: not selected" in told.splitlines()
 
 
 def test_a_dry_run_writes_the_plan_alone_and_the_plan_can_be_carried_out(

@@ -197,7 +197,7 @@ def test_the_file_says_what_it_was_made_from(exported: tuple[Net, Path, Report])
     assert told["normsurgery.dtype"] == "fp32"
     assert told["normsurgery.dynamic"] == '["batch"]'
     assert told["normsurgery.inputs"] == '["x"]'
-    assert len(told["normsurgery.plans"]) == 64
+    assert len(told["normsurgery.plan"]) == 64
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:

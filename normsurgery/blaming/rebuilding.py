@@ -67,7 +67,7 @@ def rebuilt(
 def _made(model: nn.Module | ExportedProgram, file: OnnxFile, inputs: Inputs) -> Iterator[Rebuilt]:
     told = _told(file)
     if "normsurgery.version" in told:
-        yield from _attempt(lambda: _ours(model, file, inputs, bool(told.get("normsurgery.plans"))))
+        yield from _attempt(lambda: _ours(model, file, inputs, bool(told.get("normsurgery.plan"))))
     yield from _attempt(lambda: _torchs(model, file, inputs))
     yield from _attempt(lambda: Rebuilt(_program(model, file, inputs)))
 
@@ -109,7 +109,7 @@ def _key(model: nn.Module | ExportedProgram, file: OnnxFile, inputs: Inputs) -> 
         file.opset,
         repr(_axes(model, file, inputs)),
         "normsurgery.version" in told,
-        bool(told.get("normsurgery.plans")),
+        bool(told.get("normsurgery.plan")),
         repr(shapes),
         hashed.digest(),
     )
