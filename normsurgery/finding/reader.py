@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor, fx, nn
 
+from normsurgery import spec as registry
 from normsurgery.finding import by_graph, by_run
 from normsurgery.finding.by_type import all_paths
 from normsurgery.finding.call_sites import by_place, call_site, require_last_of_its_place
@@ -116,6 +117,7 @@ class Reader:
             if ends_in is not None and attach == "norm":
                 site = replace(site, settings={**site.settings, "activation_module": ends_in})
             self.ends["module", path] = tuple(spots)
+            site = _on_one_sample(site, module, [start for start, _ in spots])
             yield ("module", path), replace(site, attach=attach, **self._facts(spots))
 
     def _facts(self, ends: Sequence[tuple[fx.Node, fx.Node]]) -> dict[str, Any]:
@@ -323,6 +325,15 @@ class Reader:
             found_by="run" if event.kind else "proof",
         )
         yield ("weight", name), site
+
+
+def _on_one_sample(site: Site, module: nn.Module, starts: Sequence[fx.Node]) -> Site:
+    """Without a batch axis the channels come first: they are counted from the end, as for both."""
+    rank_of = registry.get(site.kind).sample_rank
+    rank = None if rank_of is None else rank_of(module)
+    if rank is None or all(len(shape(start)) != rank for start in starts):
+        return site
+    return replace(site, settings={**site.settings, "channel_axis": -rank})
 
 
 def key_of(site: Site) -> Key:

@@ -63,7 +63,7 @@ from normsurgery.spec import (
 
 
 class Affine(PerChannel):
-    """Scale and shift per channel of (N, C, ...), or of (..., C) with `channel_axis=-1`.
+    """Scale and shift per channel of (N, C, ...), or along any `channel_axis`, as -1 of (..., C).
 
     Output keeps the input's dtype and memory format. Raises WrongShape unless the size of the
     channel axis is `features`.
@@ -94,7 +94,7 @@ def read(module: nn.Module) -> Reading:
 
 def from_any(source: Source, *, init: str = "copy", affine: bool | None = None) -> nn.Module:
     """Weight and bias as the source has them; both, fresh, where it has none."""
-    axis, features = channels(source, "affine")
+    axis, features = channels(source, "affine", any_axis=True)
     weight, bias = wanted_affine(source, affine)
     module = Affine(features, channel_axis=axis)
     if weight or bias:
@@ -104,7 +104,7 @@ def from_any(source: Source, *, init: str = "copy", affine: bool | None = None) 
 
 def from_statistics(source: Source, *, init: str = "copy") -> nn.Module:
     """The inference form where there are running statistics, else weight and bias alone."""
-    axis, features = channels(source, "affine")
+    axis, features = channels(source, "affine", any_axis=True)
     if "running_mean" not in source.tensors:
         return from_any(source, init=init)
     tensors = {role: tensor.detach().double() for role, tensor in source.tensors.items()}

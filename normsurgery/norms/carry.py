@@ -104,8 +104,9 @@ def refusal(source: Source, to: str, why: str, cure: str) -> CannotConvert:
     return CannotConvert(source.where, source.kind, to, why, cure)
 
 
-def channels(source: Source, to: str) -> tuple[int, int]:
-    """The channel axis (1 or -1) and the number of channels of the norm that is replaced.
+def channels(source: Source, to: str, *, any_axis: bool = False) -> tuple[int, int]:
+    """The channel axis (1 or -1, or with `any_axis` any) and the number of channels of the norm
+    that is replaced.
 
     Raises CannotConvert where they are unknown, or where the norm spans several dimensions.
     """
@@ -124,7 +125,7 @@ def channels(source: Source, to: str) -> tuple[int, int]:
             "its channel axis and size are not known",
             "Give inputs that reach this site.",
         )
-    if source.channel_axis not in (1, -1):
+    if not any_axis and source.channel_axis not in (1, -1):
         raise refusal(
             source,
             to,

@@ -105,6 +105,10 @@ def read(module: nn.Module) -> Reading:
     return Reading(present(module, "weight", "bias", *STATE), settings)
 
 
+def sample_rank(module: nn.Module) -> int:
+    return next(rank + 1 for rank, cls in BY_RANK.items() if isinstance(module, cls))
+
+
 def read_call(given: Mapping[str, Any], shape: tuple[int, ...], dtype: torch.dtype) -> Reading:
     settings = {
         "eps": given["eps"],
@@ -206,6 +210,7 @@ NORM = NormSpec(
     paper="Ulyanov, Vedaldi and Lempitsky 2016, arXiv:1607.08022",
     classes=(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
     read=read,
+    sample_rank=sample_rank,
     formula=formula,
     examples=examples,
     tail=True,
