@@ -212,8 +212,8 @@ class NormSpec:
         "input" and of every learned role.
     read: the Reading of one of the norm's own modules (`classes`); `Reading.tensors` maps roles to
         attribute names of that module.
-    sample_rank: of one of its modules that also takes a single sample, without a batch axis: the
-        rank of that sample, whose first axis is that of the channels.
+    sample_rank: of a module that also takes a single sample, without a batch axis: the rank of that
+        sample, whose first axis is that of the channels; None of any other.
     hypotheses: the Readings (without `eps`) that a hand-written module could have, given its input
         shape and its tensors' shapes by name; the proof of `find` tries each. None: never proven.
     conversions: by source kind; "*" stands for every kind that has no entry of its own.
@@ -253,7 +253,7 @@ class NormSpec:
     attach: Attach = "norm"
     also: tuple[str, ...] = ()
     why_not_onnx: str = ""
-    sample_rank: Callable[[nn.Module], int] | None = None
+    sample_rank: Callable[[nn.Module], int | None] | None = None
     hypotheses: (
         Callable[[tuple[int, ...], Mapping[str, tuple[int, ...]]], Iterator[Reading]] | None
     ) = None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import normsurgery as ns
 from normsurgery.errors import UsageError
@@ -34,3 +36,14 @@ def test_a_sample_without_a_batch_axis_has_its_channels_first(
             torch.testing.assert_close(changed(given), model(given))
     with pytest.raises(UsageError, match="neither the second nor the last"):
         ns.swap(model, "groupnorm", inputs=(x,))
+
+
+def test_a_call_in_the_forward_of_the_model_itself_is_no_module_of_torch(tmp_path: Path) -> None:
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.instance_norm(x)
+
+    inputs = (torch.randn(1, 2, 8),)
+    report = ns.export(Net(), tmp_path / "model.onnx", inputs=inputs, force=True)
+    found = [(norm.kind, norm.operator) for norm in report.onnx.norms]
+    assert found == [("instancenorm", "InstanceNormalization")]

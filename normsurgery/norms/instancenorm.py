@@ -105,8 +105,8 @@ def read(module: nn.Module) -> Reading:
     return Reading(present(module, "weight", "bias", *STATE), settings)
 
 
-def sample_rank(module: nn.Module) -> int:
-    return next(rank + 1 for rank, cls in BY_RANK.items() if isinstance(module, cls))
+def sample_rank(module: nn.Module) -> int | None:
+    return next((rank + 1 for rank, cls in BY_RANK.items() if isinstance(module, cls)), None)
 
 
 def read_call(given: Mapping[str, Any], shape: tuple[int, ...], dtype: torch.dtype) -> Reading:
