@@ -11,7 +11,7 @@ operators that normalise in one forward, before and after, and all operators; th
 a forward after, over before, and the same for the original measured against itself. Below it the
 same of torch.fx.experimental.optimization.fuse, or what it raised.
 
-`assume_inputs` and `untie` are on. The small models are those of tests/test_fold_models.py; those
+`untie` is on. The small models are those of tests/test_fold_models.py; those
 that are named with a size are large enough for their time to mean something. One thread.
 
 --plan-70b plans the fold of a Llama with 70 billion parameters on the meta device.
