@@ -17,7 +17,10 @@ import normsurgery
 PACKAGE = Path(normsurgery.__file__).parent
 # From the ground up; what stands on one line may import each other.
 FLOORS = (
-    ("errors", "jsonfiles", "htmltable", "optiontypes", "randomstate", "treecopy", "wrapped"),
+    (
+        *("errors", "jsonfiles", "htmltable", "optiontypes"),
+        *("collector", "randomstate", "treecopy", "wrapped"),
+    ),
     ("spec", "norms"),
     ("survey", "selection", "numerics"),
     ("inputs",),

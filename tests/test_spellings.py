@@ -18,7 +18,7 @@ CLASS = re.compile(r"nn\.(Sync)?(Batch|Layer|Group|Instance|RMS|LocalResponse)No
 # Files that look at torch's own classes for what is no fact about the norm.
 CLASSES_ALLOWED = {
     "inputs/inference.py",  # the shape of an input, from the first layer that tells it
-    "numerics/precision.py",  # an eps that torch takes from the type has to be held while types change
+    "numerics/precision.py",  # an eps that torch takes from the type is held while types change
 }
 
 

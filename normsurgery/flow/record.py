@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import count
-from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -23,16 +22,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from normsurgery.collector import uncollected
 from normsurgery.errors import CannotTrace
-from normsurgery.flow.by_node import NodeRunner, graphs_by_node
-from normsurgery.flow.calls import FrameRecord, FunctionCall, ModuleCall
+from normsurgery.flow.by_node import graphs_by_node
+from normsurgery.flow.calls import FunctionCall, ModuleCall
 from normsurgery.flow.flow import Flow
+from normsurgery.flow.frames import Frames
 from normsurgery.flow.lines import Lines, Unwatched
 from normsurgery.flow.nodes import is_constant, nodes_in
-from normsurgery.flow.positions import span_of
 from normsurgery.inputs import Inputs
 from normsurgery.randomstate import random_state_kept
-from normsurgery.survey import Span
 from normsurgery.treecopy import tensors_of, tree_copy
 
 _ASSERTS = torch.ops.aten._assert_tensor_metadata.default
@@ -62,6 +61,7 @@ def record(
     recorder.name_tensors(copied, inputs)
     try:
         with ExitStack() as stack:
+            stack.enter_context(uncollected())
             stack.enter_context(random_state_kept(model))
             stack.enter_context(graphs_by_node(copied))
             stack.enter_context(recorder.hooks(copied))
@@ -100,7 +100,7 @@ class _Recorder:
         self.watched = watched
         # id(tensor) -> its value; each is held by its node, so that an id stays its own.
         self._known: dict[int, fx.Node] = {}
-        self._frames = _Frames(flow.paths, self._known)
+        self._frames = Frames(flow.paths, self._known, outermost=sys._getframe(1))
         self._open_modules: list[tuple[nn.Module, tuple[Any, ...], Mapping[str, Any], int]] = []
         self._positions = count()
         self._call: int | None = None
@@ -168,7 +168,7 @@ class _Recorder:
             return self._as_one(func, args, kwargs)
 
     def _as_one(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        running = self._frames.now()
+        running = self._frames.outwards_from(sys._getframe(1))
         node_args, node_kwargs = self.refer(args), self.refer(dict(kwargs))
         result = func(*args, **kwargs)
         node = self._node("call_function", func, node_args, node_kwargs)
@@ -198,7 +198,7 @@ class _Recorder:
             return self._padding(args, kwargs)
         if func not in self.watched:
             return func(*args, **kwargs)
-        running = self._frames.now()
+        running = self._frames.outwards_from(sys._getframe(1))
         referred, keywords = self.refer(args), self.refer(dict(kwargs))
         start = len(self.flow.operations)
         self._call = len(self.flow.calls)
@@ -247,85 +247,6 @@ class _Recorder:
                 handle.remove()
 
 
-class _Frames:
-    """Which forwards run, and where in them. Frames are kept, so that an id stays theirs."""
-
-    def __init__(self, paths: Mapping[int, tuple[str, ...]], known: Mapping[int, fx.Node]) -> None:
-        self.paths = paths
-        self.known = known
-        self.outermost: FrameType | None = sys._getframe(
-            2
-        )  # of `record`: nothing of the model runs outside it
-        self._modules: dict[int, tuple[FrameType, nn.Module | None, int]] = {}
-        self._spans: dict[tuple[int, int], Span | None] = {}
-        self._last: dict[int, tuple[int, FrameRecord]] = {}
-
-    def close(self) -> None:
-        self.outermost = None
-        self._modules.clear()
-        self._last.clear()
-
-    def now(self) -> tuple[FrameRecord, ...]:
-        """From the innermost module outwards."""
-        found: list[FrameRecord] = []
-        frame: FrameType | None = sys._getframe(2)
-        while frame is not None and frame is not self.outermost:
-            module = self._module_of(frame)
-            if module is not None:
-                inner = not found or found[0].module is module
-                found.append(self._record(frame, module, inner))
-            frame = frame.f_back
-        return tuple(found)
-
-    def _module_of(self, frame: FrameType) -> nn.Module | None:
-        """The module whose method runs in the frame. Asked once per frame."""
-        known = self._modules.get(id(frame))
-        if known is None:
-            serial = len(self._modules)
-            known = self._modules[id(frame)] = (frame, self._first_argument(frame), serial)
-        return known[1]
-
-    def _first_argument(self, frame: FrameType) -> nn.Module | None:
-        code = frame.f_code
-        if not code.co_varnames or _is_machinery(code):
-            return None
-        first = frame.f_locals.get(code.co_varnames[0])
-        if isinstance(first, NodeRunner):
-            return first.owner if code is NodeRunner.run_node.__code__ else None
-        known = isinstance(first, nn.Module) and id(first) in self.paths
-        return first if known else None
-
-    def _record(self, frame: FrameType, module: nn.Module, inner: bool) -> FrameRecord:
-        """inner: no other module runs inside, so that its local names are kept."""
-        if frame.f_code is NodeRunner.run_node.__code__:
-            node = frame.f_locals["self"].current
-            return FrameRecord(self._serial(frame.f_back), module, None, None, {}, node)
-        instruction, record = self._last.get(id(frame), (-1, None))
-        if inner or record is None or instruction != frame.f_lasti:
-            names = self._names(frame.f_locals) if inner else {}
-            span = self._span(frame)
-            record = FrameRecord(self._serial(frame), module, frame.f_code, span, names)
-            if not inner:
-                self._last[id(frame)] = (frame.f_lasti, record)
-        return record
-
-    def _serial(self, frame: FrameType | None) -> int:
-        if frame is None:
-            return -1
-        self._module_of(frame)
-        return self._modules[id(frame)][2]
-
-    def _span(self, frame: FrameType) -> Span | None:
-        key = (id(frame.f_code), frame.f_lasti)
-        if key not in self._spans:
-            self._spans[key] = span_of(frame)
-        return self._spans[key]
-
-    def _names(self, local: Mapping[str, Any]) -> dict[str, fx.Node]:
-        known = self.known
-        return {name: known[id(value)] for name, value in local.items() if id(value) in known}
-
-
 # What holds no tensor.
 _PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.Size})
 # Functions and properties by which a forward asks for a tensor's size.
@@ -339,22 +260,6 @@ _SIZES = frozenset(
         Tensor.stride,
     }
 )
-# Files whose frames stand between a user's expression and the operation it runs.
-_MACHINERY = frozenset(
-    {
-        __file__,
-        torch.nn.functional.__file__,
-        torch.nn.modules.module.__file__,
-        torch.overrides.__file__,
-        torch._ops.__file__,
-        fx.interpreter.__file__,
-        torch.utils._python_dispatch.__file__,
-    }
-)
-
-
-def _is_machinery(code: CodeType) -> bool:
-    return code.co_filename in _MACHINERY and code is not NodeRunner.run_node.__code__
 
 
 class _Functions(TorchFunctionMode):

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from normsurgery.collector import uncollected
 from normsurgery.folding.centring import centre
 from normsurgery.folding.checks import NoMatch
 from normsurgery.folding.ground import Choices, Ground
@@ -67,6 +68,7 @@ def plan_fold(
 class Planner:
     """Plans folds of one model; the runs that they are measured on are made once."""
 
+    @uncollected()
     def __init__(
         self, model: nn.Module, inputs: Inputs, request: Request, survey: Survey | None = None
     ) -> None:
@@ -91,6 +93,7 @@ class Planner:
         """The same for another model that takes the same inputs."""
         return Planner(model, self.inputs, self.request)
 
+    @uncollected()
     def decided(
         self, refused: Mapping[Key, NoMatch], hints: Mapping[int, str]
     ) -> tuple[Plan, frozenset[int]]:
