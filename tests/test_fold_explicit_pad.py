@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
@@ -378,7 +379,6 @@ def test_it_exports_for_every_size_without_a_norm_or_arithmetic() -> None:
 
 
 def test_it_becomes_onnx(tmp_path: Path) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime")
     changed = folded(built(FOLDED["uneven"][0], torch.float32))[0]
     x = drawn(2, 2, 0, torch.float32)
     torch.onnx.export(changed, (x,), tmp_path / "m.onnx", dynamo=True, verbose=False)

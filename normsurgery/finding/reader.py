@@ -13,18 +13,14 @@ from normsurgery import spec as registry
 from normsurgery.finding import by_graph, by_run
 from normsurgery.finding.by_type import all_paths
 from normsurgery.finding.call_sites import by_place, call_site, require_last_of_its_place
-from normsurgery.finding.candidates import (
-    NotProven,
-    groups,
-    named_tensors,
-    prove_module,
-    prove_region,
-)
+from normsurgery.finding.candidates import NotProven, groups, named_tensors
 from normsurgery.finding.casts import cast_order
 from normsurgery.finding.counters import counter
 from normsurgery.finding.events import Event, plain
 from normsurgery.finding.places import absorbable
 from normsurgery.finding.proof import Proof
+from normsurgery.finding.regions import prove_region
+from normsurgery.finding.whole_modules import prove_module
 from normsurgery.flow import Flow, ModuleCall
 from normsurgery.flow.nodes import (
     is_constant,

@@ -30,12 +30,8 @@ from normsurgery.folding.crossings import (
     why_not,
 )
 from normsurgery.folding.ground import Affine, Ground, Landing, Refused, Run
-from normsurgery.folding.landings import (
-    is_layer,
-    on_constant,
-    on_output,
-    on_rows,
-)
+from normsurgery.folding.landings import on_constant, on_output, on_rows
+from normsurgery.folding.layers import is_layer
 from normsurgery.folding.merged_layers import on_merged_output, on_merged_residual
 from normsurgery.folding.norm_landings import on_norm_output
 

@@ -23,7 +23,8 @@ from normsurgery.folding.ground import (
     Refused,
     is_torch_layer,
 )
-from normsurgery.folding.landings import layer, on_input
+from normsurgery.folding.landings import on_input
+from normsurgery.folding.layers import layer
 from normsurgery.folding.merged_layers import on_merged_input
 
 PADDING, TRANSPOSED = 4, 6  # places among the arguments of a convolution

@@ -18,7 +18,8 @@ from normsurgery.folding.channels import NEUTRAL
 from normsurgery.folding.checks import Check
 from normsurgery.folding.crossings import Crossing, crossings, require_shift_crosses, why_not
 from normsurgery.folding.ground import Affine, Ground, Landing, Refused
-from normsurgery.folding.landings import is_layer, layer, on_input
+from normsurgery.folding.landings import on_input
+from normsurgery.folding.layers import is_layer, layer
 from normsurgery.folding.merged_layers import on_merged_input
 from normsurgery.folding.norm_landings import on_norm_input
 

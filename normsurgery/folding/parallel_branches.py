@@ -33,7 +33,7 @@ from normsurgery.folding.branch_geometry import merged_geometry
 from normsurgery.folding.checks import Check, NoMatch
 from normsurgery.folding.ground import Ground, Refused, Run
 from normsurgery.folding.kernels import Geometry, Sizes
-from normsurgery.folding.landings import Layer, layer
+from normsurgery.folding.layers import Layer, layer
 from normsurgery.rewriting.source import tensor_at
 from normsurgery.survey import Site
 

@@ -34,7 +34,8 @@ from normsurgery.folding.channels import (
 from normsurgery.folding.checks import Check
 from normsurgery.folding.crossings import Crossing, moves, rearranged, whole_before
 from normsurgery.folding.ground import Ground, Landing, Refused, Run
-from normsurgery.folding.landings import bias_of, is_layer, layer, tensors_of_layer
+from normsurgery.folding.landings import bias_of, tensors_of_layer
+from normsurgery.folding.layers import is_layer, layer
 from normsurgery.folding.merged_layers import on_merged_mean
 from normsurgery.spec import get
 from normsurgery.survey import Site
