@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,9 +69,6 @@ class Report:
                 "given is untouched (undo works on the report of a call with inplace=True)."
             )
         return self.journal.undo()
-
-    def with_notes(self, *notes: str) -> Report:
-        return replace(self, notes=(*self.notes, *notes))
 
     def to_json(self) -> dict[str, Any]:
         return {

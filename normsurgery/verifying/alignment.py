@@ -43,22 +43,6 @@ def correspond(
     return found
 
 
-def named_apart(
-    graph: Mapping[str, Tensor],
-    source: Mapping[str, Tensor],
-    *,
-    dtypes: Mapping[str, torch.dtype] | None = None,
-) -> list[str]:
-    """Names that both have for values of one shape that differ, in the order of the graph, and
-    whose value in the graph is nowhere in the source: faults, or names that mean another thing."""
-    matched = correspond(graph, source, dtypes=dtypes)
-    return [
-        name
-        for name, value in graph.items()
-        if name in source and source[name].shape == value.shape and name not in matched
-    ]
-
-
 def same_value(found: Tensor, truth: Tensor, dtype: torch.dtype = torch.float32) -> bool:
     """Whether two float64 values (or integers) are one, but for constants rounded to `dtype`."""
     if found.shape != truth.shape or found.is_floating_point() != truth.is_floating_point():

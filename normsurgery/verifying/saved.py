@@ -109,11 +109,6 @@ class SavedRun:
             ) from None
 
 
-def save_run(path: str | Path, run: SavedRun) -> None:
-    """`run.save(path)`."""
-    run.save(path)
-
-
 def is_run(path: Path) -> bool:
     """Whether a file is a saved run; False where it is anything else or not there."""
     try:

@@ -81,10 +81,6 @@ class Layout:
     def entries(self) -> dict[str, Entry]:
         return {entry.key: entry for shard in self.shards for entry in shard.entries}
 
-    @property
-    def tensor_bytes(self) -> int:
-        return sum(entry.nbytes for shard in self.shards for entry in shard.entries)
-
 
 def read_layout(directory: Path) -> Layout:
     """Read the headers of a checkpoint. Raises CannotRead where it cannot be folded as it is."""
